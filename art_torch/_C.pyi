@@ -1,0 +1,3 @@
+stable_abi_target: str
+
+def cpu_target() -> str: ...

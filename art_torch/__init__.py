@@ -1,0 +1,35 @@
+"""Attention Run-time Termination: decode attention that stops reading once its output settles."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from art_torch import reference
+from art_torch.criterion import Stability
+from art_torch.ops import DecodeResult, append_kv, decode_attention
+
+if TYPE_CHECKING:
+    from art_torch.integrations.transformers import ARTCache
+    from art_torch.patch import patch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ARTCache",
+    "DecodeResult",
+    "Stability",
+    "append_kv",
+    "decode_attention",
+    "patch",
+    "reference",
+]
+
+# transformers is imported only when one of these is used.
+_LAZY = {"ARTCache": "art_torch.integrations.transformers", "patch": "art_torch.patch"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

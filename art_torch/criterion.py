@@ -1,0 +1,83 @@
+"""When to stop reading the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Stops once the attention output has stayed nearly the same for a few blocks.
+
+    The rule of Attention Run-time Termination (arXiv 2606.00024). After each block of the walk the
+    normalised output ``o_j`` is compared with ``o_{j-1}``; the block is stable when both
+    ``| |o_j| - |o_{j-1}| | / |o_{j-1}| <= d_scale`` and ``1 - cos(o_j, o_{j-1}) <= d_direction``
+    hold for every query head that shares the KV head. Reading stops after the block that completes
+    ``patience`` stable blocks in a row.
+
+    Args:
+        d_scale: Largest relative change of the output's length: a number, or a tensor
+            ``[num_kv_heads]`` with one threshold per KV head. Smaller reads more.
+        d_direction: Largest value of one minus the cosine: a number, or a tensor
+            ``[num_kv_heads]``. ``d_scale ** 2 / 2`` is the threshold that matches ``d_scale``.
+        patience: Number of consecutive stable blocks, at least 1.
+
+    Raises:
+        ValueError: A threshold is negative or NaN, a tensor has the wrong rank, or ``patience`` is
+            below 1.
+        TypeError: An argument is of another type.
+    """
+
+    d_scale: float | Tensor = 0.03
+    d_direction: float | Tensor = 4.5e-4
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("d_scale", "d_direction"):
+            _check_threshold(name, getattr(self, name))
+        if not isinstance(self.patience, int) or isinstance(self.patience, bool):
+            raise TypeError(f"patience must be an int, got {type(self.patience).__name__}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+
+    @classmethod
+    def paper(cls) -> Stability:
+        """The settings reported for the paper: (1e-7, 1e-3, 5)."""
+        return cls(d_scale=1e-7, d_direction=1e-3, patience=5)
+
+    @property
+    def per_head(self) -> bool:
+        """Whether any threshold is a tensor."""
+        return isinstance(self.d_scale, Tensor) or isinstance(self.d_direction, Tensor)
+
+    def thresholds(self, num_kv_heads: int, device: torch.device) -> Tensor:
+        """Both thresholds as one float32 tensor ``[num_kv_heads, 2]`` on ``device``."""
+        columns = []
+        for name in ("d_scale", "d_direction"):
+            value = torch.as_tensor(getattr(self, name), dtype=torch.float32, device=device)
+            if value.dim() == 1 and value.shape[0] != num_kv_heads:
+                raise ValueError(
+                    f"{name} must have one threshold per KV head, [{num_kv_heads}], "
+                    f"got {list(value.shape)}"
+                )
+            columns.append(value.expand(num_kv_heads))
+        return torch.stack(columns, dim=1)
+
+
+def _check_threshold(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 1:
+            raise ValueError(
+                f"{name} must be a number or a tensor [num_kv_heads], got shape {list(value.shape)}"
+            )
+        # Looking at the values would wait for the device; a CPU tensor is checked at once.
+        if value.device.type == "cpu" and not bool((value >= 0).all()):
+            raise ValueError(f"{name} must not be negative or NaN, got {value.tolist()}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative or NaN, got {value}")

@@ -1,0 +1,248 @@
+"""The operators: decode attention over a paged KV cache, and writing to that cache."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from art_torch import _C  # noqa: F401  (loading it registers torch.ops.art)
+from art_torch.criterion import Stability
+
+_STABILITY = 1
+
+
+class DecodeResult(NamedTuple):
+    """What one call of :func:`decode_attention` returns.
+
+    Attributes:
+        out: ``[batch, num_q_heads, value_dim]``, dtype of the query.
+        lse: ``[batch, num_q_heads]`` float32. Natural logarithm of the sum of exponentials over
+            the tokens read, attention sinks excluded; ``-inf`` where nothing was read.
+        tokens_read: ``[batch, num_kv_heads]`` int32. Visible tokens that were used.
+        stop_block: ``[batch, num_kv_heads]`` int32. Index of the block that completed the
+            patience, -1 where that never happened.
+    """
+
+    out: Tensor
+    lse: Tensor
+    tokens_read: Tensor
+    stop_block: Tensor
+
+
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    criterion: Stability | None = None,
+    walk: str | Tensor = "sink_recent",
+    walk_lens: Tensor | None = None,
+    num_pinned: int | Tensor | None = None,
+    block_size: int = 64,
+    unit_size: int = 16,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    attn_sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    batch_invariant: bool = False,
+    checked: bool | None = None,
+    out: DecodeResult | None = None,
+) -> DecodeResult:
+    """Attention of one new token per sequence over its paged KV cache, read until it settles.
+
+    The cache is walked in *units* of ``unit_size`` tokens. ``num_pinned`` units are always read;
+    after them the output is compared before and after every *block* of ``block_size`` tokens, and
+    ``criterion`` decides whether to go on. Without a criterion the result is exact attention over
+    the walk. :mod:`art_torch.reference` is the same contract in plain float64 PyTorch.
+
+    Args:
+        query: ``[batch, num_q_heads, head_dim]``, float32, float16 or bfloat16; ``head_dim`` a
+            multiple of 8 from 32 to 256, its dimension contiguous.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of the query, any
+            strides with either the last or the token dimension contiguous; ``num_kv_heads``
+            divides ``num_q_heads``.
+        value_cache: ``[num_pages, page_size, num_kv_heads, value_dim]``, dtype of the query, last
+            dimension contiguous; ``value_dim`` a multiple of 8 from 32 to 256.
+        block_table: ``[batch, max_pages]`` or ``[batch, num_kv_heads, max_pages]`` int32 page ids.
+            Entries of pages without a visible token are never read.
+        seq_lens: ``[batch]`` or ``[batch, num_kv_heads]`` int32, tokens present.
+        criterion: :class:`~art_torch.Stability`, or None to read the whole walk.
+        walk: ``"sink_recent"`` (the first 64 tokens, then from the newest backwards),
+            ``"recent_first"``, ``"oldest_first"``, or int32 unit numbers
+            ``[batch, num_kv_heads, max_units]`` (token // ``unit_size``, each at most once);
+            units left out are not attended.
+        walk_lens: ``[batch, num_kv_heads]`` int32, entries used of an explicit ``walk``.
+        num_pinned: Units at the start of the walk that form the starting output: an int or int32
+            ``[batch, num_kv_heads]``. Default: first and last 64 tokens for ``"sink_recent"``,
+            otherwise none (the first block is then the starting output).
+        block_size: Tokens between two comparisons, a multiple of ``unit_size``.
+        unit_size: Tokens per unit; divides ``page_size`` (with one page per sequence, any size).
+        scale: Factor on the logits, default ``head_dim ** -0.5``.
+        softcap: ``c * tanh(logit / c)`` when positive, 0 for none.
+        attn_sinks: ``[num_q_heads]`` logits that join the softmax denominator without a value.
+        sliding_window: Visible tokens, the query's own included; None for all.
+        alibi_slopes: ``[num_q_heads]``; adds ``slope * (position - last position)``.
+        seq_starts: ``[batch]`` int32, first visible token (left padding).
+        batch_invariant: One fixed schedule per sequence, so that its bits do not depend on the
+            batch. On the CPU this is always so.
+        checked: Also checks what costs time (on the CPU: units listed twice). Default: the
+            environment variable ``ART_CHECKED``.
+        out: Preallocated contiguous results to write to.
+
+    Returns:
+        :class:`DecodeResult`; ``out`` itself when it was given.
+
+    Raises:
+        ValueError: A shape, size, index or number is out of range.
+        TypeError: A dtype or an argument's type is wrong.
+
+    Source: Attention Run-time Termination, arXiv 2606.00024, with walks of our own.
+    """
+    _refuse_grad("decode_attention", query, key_cache, value_cache)
+    arguments = dict(
+        scale=None if scale is None else float(scale),
+        walk_lens=walk_lens,
+        block_size=block_size,
+        unit_size=unit_size,
+        softcap=softcap,
+        attn_sinks=_as_float32(attn_sinks),
+        sliding_window=_window(sliding_window),
+        alibi_slopes=_as_float32(alibi_slopes),
+        seq_starts=seq_starts,
+        batch_invariant=batch_invariant,
+        checked=checked,
+        **_criterion_arguments(criterion, key_cache),
+        **_walk_arguments(walk, num_pinned),
+    )
+    tensors = (query, key_cache, value_cache, block_table, seq_lens)
+    if out is None:
+        return DecodeResult(*_call(torch.ops.art.decode_attention.default, *tensors, **arguments))
+    out = DecodeResult(*out)
+    _call(torch.ops.art.decode_attention.out, *tensors, **arguments, **out._asdict())
+    return out
+
+
+def append_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Writes new tokens into a paged KV cache, in place.
+
+    Args:
+        key: ``[tokens, num_kv_heads, head_dim]``.
+        value: ``[tokens, num_kv_heads, value_dim]``.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of ``key``.
+        value_cache: ``[num_pages, page_size, num_kv_heads, value_dim]``, dtype of ``value``.
+        slot_mapping: ``[tokens]`` or ``[tokens, num_kv_heads]`` int64: page * page_size + offset
+            of each token, -1 to skip it. Two tokens with one slot are undefined.
+
+    Raises:
+        ValueError: A shape or a slot is out of range.
+        TypeError: A dtype is wrong.
+    """
+    _refuse_grad("append_kv", key, value, key_cache, value_cache)
+    _call(torch.ops.art.append_kv.default, key, value, key_cache, value_cache, slot_mapping)
+
+
+def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        _raise_argument_error(error)
+
+
+def _raise_argument_error(error: RuntimeError) -> NoReturn:
+    """C++ knows one exception; its checks start with the operator's name."""
+    message = str(error).splitlines()[0] if str(error) else ""
+    for name in ("decode_attention: ", "append_kv: "):
+        if message.startswith(name):
+            kind = TypeError if message.startswith(name + "dtype of") else ValueError
+            raise kind(message) from None
+    raise error
+
+
+def _refuse_grad(op: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
+        raise ValueError(
+            f"{op}: inputs must not require grad, for the operator has no backward; "
+            "use torch.no_grad() or detach()"
+        )
+
+
+def _as_float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def _window(sliding_window: int | None) -> int:
+    if sliding_window is None:
+        return 0
+    if sliding_window < 1:
+        raise ValueError(
+            f"decode_attention: sliding_window must be positive or None, got {sliding_window}"
+        )
+    return sliding_window
+
+
+def _criterion_arguments(criterion: Stability | None, key_cache: Tensor) -> dict[str, Any]:
+    if criterion is None:
+        return {}
+    if not isinstance(criterion, Stability):
+        raise TypeError(
+            "decode_attention: criterion must be a Stability or None, "
+            f"got {type(criterion).__name__}"
+        )
+    arguments: dict[str, Any] = {"criterion": _STABILITY, "patience": criterion.patience}
+    if criterion.per_head:
+        num_kv_heads = key_cache.shape[2] if key_cache.dim() == 4 else 0
+        arguments["thresholds"] = criterion.thresholds(num_kv_heads, key_cache.device)
+    else:
+        arguments["d_scale"] = criterion.d_scale
+        arguments["d_direction"] = criterion.d_direction
+    return arguments
+
+
+def _walk_arguments(walk: str | Tensor, num_pinned: int | Tensor | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    if isinstance(walk, Tensor):
+        arguments["walk"] = walk
+    elif isinstance(walk, str):
+        arguments["walk_order"] = walk
+    else:
+        raise TypeError(
+            f"decode_attention: walk must be a name or an int32 tensor, got {type(walk).__name__}"
+        )
+    if isinstance(num_pinned, Tensor):
+        arguments["num_pinned_per_head"] = num_pinned
+    elif num_pinned is not None:
+        arguments["num_pinned"] = num_pinned
+    return arguments
+
+
+def _decode_attention_fake(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, num_q_heads = query.shape[0], query.shape[1]
+    per_head = (batch, key_cache.shape[2])
+    return (
+        query.new_empty((batch, num_q_heads, value_cache.shape[3])),
+        query.new_empty((batch, num_q_heads), dtype=torch.float32),
+        query.new_empty(per_head, dtype=torch.int32),
+        query.new_empty(per_head, dtype=torch.int32),
+    )
+
+
+def _nothing_fake(*_: Any, **__: Any) -> None:
+    return None
+
+
+torch.library.register_fake("art::decode_attention", _decode_attention_fake)
+torch.library.register_fake("art::_decode_attention_split", _decode_attention_fake)
+torch.library.register_fake("art::decode_attention.out", _nothing_fake)
+torch.library.register_fake("art::append_kv", _nothing_fake)

@@ -1,0 +1,45 @@
+// The softmax state of one query head, and how a later part of the walk is folded into it.
+#pragma once
+
+#include <cmath>
+
+#include "core/macros.h"
+
+namespace art {
+
+// Weighted values are kept beside it, unnormalised: output = accumulator / (sum + sink mass).
+struct SoftmaxState {
+  float max = -INFINITY;  // largest logit so far
+  float sum = 0.0f;       // sum of exp(logit - max)
+};
+
+// Factors that bring two partial results to their common maximum.
+struct FoldFactors {
+  float running;
+  float incoming;
+};
+
+ART_HD FoldFactors fold(SoftmaxState& running, const SoftmaxState& incoming) {
+  const float max = running.max > incoming.max ? running.max : incoming.max;
+  // We don't want (-inf) - (-inf), since that would give NaN.
+  const float reference = max == -INFINITY ? 0.0f : max;
+  const FoldFactors factors = {std::exp(running.max - reference),
+                               std::exp(incoming.max - reference)};
+  running.sum = running.sum * factors.running + incoming.sum * factors.incoming;
+  running.max = max;
+  return factors;
+}
+
+// An attention sink is a logit without a token: it adds to the denominator only. Kept out of the
+// state, it costs the log-sum-exp over the tokens no precision.
+template <typename T>
+ART_HD T sink_mass(const SoftmaxState& state, const float* sink_logit) {
+  return sink_logit == nullptr ? T(0) : std::exp(T(*sink_logit) - T(state.max));
+}
+
+// Natural logarithm, over the tokens read.
+ART_HD float log_sum_exp(const SoftmaxState& state) {
+  return state.sum == 0.0f ? -INFINITY : state.max + std::log(state.sum);
+}
+
+}  // namespace art

@@ -1,0 +1,300 @@
+// Work distribution: chunks of walks are computed by any worker in any order, and folded in walk
+// order by whoever holds the item. The stop decision is therefore the sequential one.
+#include "cpu/decode_attention.h"
+
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#include "cpu/kernels.h"
+
+namespace art::cpu {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+size_t align_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Hands out aligned pieces of one buffer; from a null base it only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(size_t count) {
+    char* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += align_up(count * sizeof(T));
+    return reinterpret_cast<T*>(piece);
+  }
+
+  Accumulator take_accumulator(const DecodeParams& params) {
+    const size_t heads = params.group_size;
+    return {take<SoftmaxState>(heads),
+            take<float>(heads * round_up(params.value_dim, kRowAlignment)), take<int32_t>(1)};
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// What folding one item needs. Everything but the atomics belongs to the holder of the lock.
+struct alignas(kAlignment) ItemState {
+  Item item;
+  std::atomic<bool> locked{false};
+  std::atomic<bool> finished{false};
+  std::atomic<int64_t> next_chunk{0};  // chunks before it are folded
+  int64_t num_chunks;
+  std::atomic<bool>* computed;  // [max_chunks]: stored and ready to be folded
+  PatienceCounter patience;
+
+  explicit ItemState(const Item& item) : item(item) {}
+
+  bool try_lock() { return !locked.exchange(true); }
+  void unlock() { locked.store(false); }
+  bool ready() const {
+    const int64_t chunk = next_chunk.load();
+    return !finished.load() && chunk < num_chunks && computed[chunk].load();
+  }
+};
+
+struct Workspace {
+  std::atomic<int64_t>* next_task;
+  ItemState* items;             // [num_items]
+  std::atomic<bool>* computed;  // [num_items, max_chunks]
+  int32_t* kept_units;          // [num_items, max_units], for explicit walks
+  char* running;                // [num_items] accumulators
+  char* scratch;                // [num_workers] scratch buffers
+  char* stored;                 // [num_items, stored_steps] accumulators
+  size_t accumulator_bytes;
+  size_t scratch_bytes;
+  size_t bytes;
+};
+
+Scratch take_scratch(const DecodeParams& params, Arena& arena) {
+  const size_t heads = round_up(params.group_size, kHeadsPerPass);
+  Scratch scratch;
+  scratch.query = arena.take<float>(heads * round_up(params.head_dim, kRowAlignment));
+  scratch.scores = arena.take<float>(heads * kScoreStride);
+  const bool copies_keys = params.key.dim_stride != 1;
+  scratch.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * params.head_dim : 0);
+  scratch.step = arena.take_accumulator(params);
+  scratch.tile = arena.take_accumulator(params);
+  return scratch;
+}
+
+Workspace lay_out(const DecodeParams& params, const DecodePlan& plan, void* base) {
+  Arena accumulator(nullptr), scratch(nullptr), arena(base);
+  accumulator.take_accumulator(params);
+  take_scratch(params, scratch);
+  Workspace space;
+  space.accumulator_bytes = accumulator.used();
+  space.scratch_bytes = scratch.used();
+  const size_t items = plan.num_items;
+  space.next_task = arena.take<std::atomic<int64_t>>(1);
+  space.items = arena.take<ItemState>(items);
+  space.computed = arena.take<std::atomic<bool>>(items * plan.max_chunks);
+  const bool is_explicit = params.walk_order == WalkOrder::kExplicit;
+  space.kept_units = arena.take<int32_t>(is_explicit ? items * params.max_units : 0);
+  space.running = arena.take<char>(items * space.accumulator_bytes);
+  space.scratch = arena.take<char>(plan.num_workers * space.scratch_bytes);
+  space.stored = arena.take<char>(items * plan.stored_steps * space.accumulator_bytes);
+  space.bytes = arena.used();
+  return space;
+}
+
+TokenRange visible_of(const DecodeParams& params, int64_t batch, int64_t head) {
+  const int32_t len =
+      params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
+  const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
+  return visible_tokens(len, start, params.sliding_window);
+}
+
+Item make_item(const DecodeParams& params, int64_t index, int32_t* kept_units) {
+  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
+  const TokenRange visible = visible_of(params, batch, head);
+  const int32_t pinned =
+      params.pinned_units == nullptr ? params.num_pinned : params.pinned_units[index];
+  Walk walk;
+  if (params.walk_order == WalkOrder::kExplicit) {
+    const int64_t row = index * params.max_units;
+    // The units that stay are written to the workspace: the caller's walk is not ours to change.
+    int32_t* kept = kept_units + row;
+    const int32_t* units = params.walk + row;
+    walk = explicit_walk(units, params.walk_lens[index], pinned, visible, params.unit_size, kept);
+  } else {
+    walk = built_in_walk(params.walk_order, visible, params.unit_size, pinned);
+  }
+  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
+                         head * params.block_table_head_stride;
+  const StepSchedule steps(walk, params.block_size, params.unit_size);
+  return {static_cast<int32_t>(batch), static_cast<int32_t>(head), visible, walk, steps, table};
+}
+
+// An upper bound on the steps of an item, from its length alone.
+int64_t bound_steps(const DecodeParams& params, int64_t index) {
+  int64_t units;
+  if (params.walk_order == WalkOrder::kExplicit) {
+    units = params.walk_lens[index];
+  } else {
+    const TokenRange visible =
+        visible_of(params, index / params.num_kv_heads, index % params.num_kv_heads);
+    units = visible.size() / params.unit_size + 2;
+  }
+  return units / (params.block_size / params.unit_size) + 2;
+}
+
+class Worker {
+ public:
+  Worker(const DecodeParams& params, const DecodePlan& plan, const Workspace& space, int64_t worker)
+      : params_(params), plan_(plan), space_(space), kernels_(kernels(params.dtype)) {
+    Arena arena(space.scratch + worker * space.scratch_bytes);
+    scratch_ = take_scratch(params, arena);
+  }
+
+  void run() {
+    const int64_t num_tasks = plan_.num_items * plan_.max_chunks;
+    // Chunk-major: the chunk before is then usually folded already, and this one is folded as it
+    // is computed, without storing anything.
+    for (int64_t task; (task = space_.next_task->fetch_add(1)) < num_tasks;) {
+      compute_chunk(task % plan_.num_items, task / plan_.num_items);
+    }
+  }
+
+ private:
+  void compute_chunk(int64_t index, int64_t chunk) {
+    ItemState& state = space_.items[index];
+    if (chunk >= state.num_chunks || state.finished.load()) return;
+    kernels_.load_query(params_, state.item, scratch_);
+    if (state.try_lock()) {
+      const bool is_next = state.next_chunk.load() == chunk && !state.finished.load();
+      if (is_next) fold_chunk(index, chunk, /*stored=*/false);
+      state.unlock();
+      if (is_next) return fold_stored(index);
+    }
+    if (store_chunk(index, chunk)) fold_stored(index);
+  }
+
+  // Folds what is ready. Nobody waits for the lock: whoever holds it looks again after releasing
+  // it, so a chunk that became ready meanwhile is never left behind.
+  void fold_stored(int64_t index) {
+    ItemState& state = space_.items[index];
+    while (state.ready() && state.try_lock()) {
+      while (state.ready()) fold_chunk(index, state.next_chunk.load(), /*stored=*/true);
+      state.unlock();
+    }
+  }
+
+  // Returns false when the item stopped meanwhile.
+  bool store_chunk(int64_t index, int64_t chunk) {
+    ItemState& state = space_.items[index];
+    const int64_t end = end_of(state, chunk);
+    for (int64_t step = chunk * plan_.chunk_steps; step < end; ++step) {
+      if (state.finished.load(std::memory_order_relaxed)) return false;
+      kernels_.compute_step(params_, state.item, step, scratch_, stored(index, step));
+    }
+    state.computed[chunk].store(true);
+    return true;
+  }
+
+  // Folds one chunk, computing its steps first unless they are stored. The lock is held.
+  void fold_chunk(int64_t index, int64_t chunk, bool stored_steps) {
+    ItemState& state = space_.items[index];
+    const Accumulator running = accumulator(space_.running, index);
+    if (chunk == 0) clear(running);
+    const int64_t end = end_of(state, chunk);
+    for (int64_t step = chunk * plan_.chunk_steps; step < end; ++step) {
+      const Accumulator result = stored_steps ? stored(index, step) : scratch_.step;
+      if (!stored_steps) kernels_.compute_step(params_, state.item, step, scratch_, result);
+      const int32_t block = state.item.steps.block_of(step);
+      const bool compare = params_.use_stability && block > 0;
+      const bool stable = kernels_.fold_step(params_, state.item, result, compare, running);
+      if (compare && state.patience.completes(stable, params_.patience)) {
+        return finish(state, index, running, block);
+      }
+    }
+    state.next_chunk.store(chunk + 1);
+    if (chunk + 1 == state.num_chunks) finish(state, index, running, -1);
+  }
+
+  void finish(ItemState& state, int64_t index, Accumulator running, int32_t stop_block) {
+    kernels_.write_output(params_, state.item, running);
+    params_.tokens_read[index] = *running.num_tokens;
+    params_.stop_block[index] = stop_block;
+    state.finished.store(true);
+  }
+
+  void clear(Accumulator running) {
+    const int32_t row = round_up(params_.value_dim, kRowAlignment);
+    for (int32_t g = 0; g < params_.group_size; ++g) running.softmax[g] = SoftmaxState();
+    std::memset(running.values, 0, sizeof(float) * params_.group_size * row);
+    *running.num_tokens = 0;
+  }
+
+  int64_t end_of(const ItemState& state, int64_t chunk) const {
+    const int64_t end = (chunk + 1) * plan_.chunk_steps;
+    return end < state.item.steps.num_steps ? end : state.item.steps.num_steps;
+  }
+
+  Accumulator accumulator(char* base, int64_t index) const {
+    Arena arena(base + index * space_.accumulator_bytes);
+    return arena.take_accumulator(params_);
+  }
+
+  Accumulator stored(int64_t index, int64_t step) const {
+    return accumulator(space_.stored, index * plan_.stored_steps + step);
+  }
+
+  const DecodeParams& params_;
+  const DecodePlan& plan_;
+  const Workspace& space_;
+  const Kernels& kernels_;
+  Scratch scratch_;
+};
+
+}  // namespace
+
+DecodePlan plan_decode(const DecodeParams& params, int64_t num_threads, int64_t num_splits) {
+  DecodePlan plan = {};
+  plan.num_items = int64_t{params.batch} * params.num_kv_heads;
+  int64_t total_steps = 0, max_steps = 1;
+  for (int64_t index = 0; index < plan.num_items; ++index) {
+    const int64_t steps = bound_steps(params, index);
+    total_steps += steps;
+    if (steps > max_steps) max_steps = steps;
+  }
+  plan.chunk_steps = num_splits > 0
+                         ? (max_steps + num_splits - 1) / num_splits
+                         : cpu_chunk_steps(plan.num_items, total_steps, max_steps, num_threads);
+  plan.max_chunks = (max_steps + plan.chunk_steps - 1) / plan.chunk_steps;
+  plan.stored_steps = plan.max_chunks > 1 ? max_steps : 0;
+  plan.num_workers = cpu_workers(plan.num_items * plan.max_chunks, total_steps, num_threads);
+  plan.workspace_bytes = lay_out(params, plan, nullptr).bytes;
+  return plan;
+}
+
+void begin_decode(const DecodeParams& params, const DecodePlan& plan, void* workspace) {
+  const Workspace space = lay_out(params, plan, workspace);
+  new (space.next_task) std::atomic<int64_t>(0);
+  for (int64_t i = 0; i < plan.num_items * plan.max_chunks; ++i) {
+    new (space.computed + i) std::atomic<bool>(false);
+  }
+  for (int64_t index = 0; index < plan.num_items; ++index) {
+    ItemState& state =
+        *new (space.items + index) ItemState(make_item(params, index, space.kept_units));
+    state.computed = space.computed + index * plan.max_chunks;
+    const int64_t steps = state.item.steps.num_steps;
+    // An item without steps still has a chunk: somebody has to write its zeros.
+    state.num_chunks = steps == 0 ? 1 : (steps + plan.chunk_steps - 1) / plan.chunk_steps;
+  }
+}
+
+void run_decode_worker(const DecodeParams& params, const DecodePlan& plan, void* workspace,
+                       int64_t worker) {
+  const Workspace space = lay_out(params, plan, workspace);
+  Worker(params, plan, space, worker).run();
+}
+
+}  // namespace art::cpu

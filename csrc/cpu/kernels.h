@@ -1,0 +1,79 @@
+// The interface between the CPU scheduler and the SIMD targets: every target implements one table.
+#pragma once
+
+#include <cstdint>
+
+#include "core/online_softmax.h"
+#include "core/params.h"
+#include "core/schedule.h"
+#include "core/termination.h"
+#include "core/walk.h"
+
+namespace art::cpu {
+
+constexpr int32_t kTileTokens = 64;    // tokens whose logits are computed together
+constexpr int32_t kTilePadding = 16;   // a tile is rounded up to whole vectors
+constexpr int32_t kRowAlignment = 16;  // floats; rows of scratch arrays start on cache lines
+constexpr int32_t kHeadsPerPass = 4;   // query heads that share one load of a key
+constexpr int32_t kScoreStride = kTileTokens + kTilePadding;
+
+constexpr int32_t round_up(int32_t n, int32_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// One (sequence, KV head): all that depends on it, derived from the parameters alone.
+struct Item {
+  int32_t batch;
+  int32_t kv_head;
+  TokenRange visible;
+  Walk walk;
+  StepSchedule steps;
+  const int32_t* block_table;  // [max_pages]
+};
+
+// Softmax states and weighted value sums of one step, or of all steps folded so far.
+struct Accumulator {
+  SoftmaxState* softmax;  // [group_size]
+  float* values;          // [group_size, padded value_dim]
+  int32_t* num_tokens;    // [1]
+};
+
+// Buffers of one worker.
+struct Scratch {
+  float* query;      // [group_size rounded up to kHeadsPerPass, padded head_dim], scaled
+  float* scores;     // [group_size rounded up to kHeadsPerPass, kScoreStride]
+  void* keys;        // [kTileTokens, head_dim]: keys copied from a token-contiguous cache
+  Accumulator step;  // result of a step that is folded at once
+  Accumulator tile;  // second and later tiles of a step
+};
+
+struct Kernels {
+  const char* target;
+  void (*load_query)(const DecodeParams& params, const Item& item, Scratch& scratch);
+  void (*compute_step)(const DecodeParams& params, const Item& item, int32_t step, Scratch& scratch,
+                       Accumulator result);
+  // Folds a step into the running output. With `compare`, returns whether the block is stable.
+  bool (*fold_step)(const DecodeParams& params, const Item& item, Accumulator step, bool compare,
+                    Accumulator running);
+  void (*write_output)(const DecodeParams& params, const Item& item, Accumulator running);
+};
+
+namespace baseline {
+const Kernels& kernels(DType dtype);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels& kernels(DType dtype);
+}
+namespace avx512 {
+const Kernels& kernels(DType dtype);
+}
+#endif
+
+// Name of the SIMD target in use: the best one the machine runs, or the one that the environment
+// variable ART_CPU names.
+const char* target_name();
+
+const Kernels& kernels(DType dtype);
+
+}  // namespace art::cpu

@@ -1,0 +1,27 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace art::cpu::avx2 {
+constexpr int kLanes = 8;
+#include "cpu/simd-inl.h"
+// The kernels need the vectors above.
+#include "cpu/decode_attention-inl.h"
+
+const Kernels& kernels(DType dtype) { return kernel_table(dtype, "avx2"); }
+}  // namespace art::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

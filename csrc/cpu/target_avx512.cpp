@@ -1,0 +1,29 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+namespace art::cpu::avx512 {
+constexpr int kLanes = 16;
+#include "cpu/simd-inl.h"
+// The kernels need the vectors above.
+#include "cpu/decode_attention-inl.h"
+
+const Kernels& kernels(DType dtype) { return kernel_table(dtype, "avx512"); }
+}  // namespace art::cpu::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

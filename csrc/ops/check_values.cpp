@@ -1,0 +1,81 @@
+// Checks that have to look at the data. An index that is out of range would otherwise read foreign
+// memory, or attend to the wrong tokens without a word.
+#include <limits>
+#include <vector>
+
+#include "core/walk.h"
+#include "ops/check.h"
+#include "ops/decode_attention.h"
+
+namespace art {
+namespace {
+
+constexpr char kOp[] = "decode_attention";
+
+TokenRange check_length(const DecodeParams& params, int64_t batch, int64_t head) {
+  const int64_t capacity = int64_t{params.max_pages} * params.page_size;
+  const int32_t len =
+      params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
+  ART_CHECK(len >= 0 && len <= capacity, kOp, ": seq_lens must be from 0 to ", capacity, " (",
+            params.max_pages, " pages of ", params.page_size, "), got ", len, " for sequence ",
+            batch);
+  const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
+  ART_CHECK(start >= 0, kOp, ": seq_starts must not be negative, got ", start, " for sequence ",
+            batch);
+  return visible_tokens(len, start, params.sliding_window);
+}
+
+void check_pages(const DecodeParams& params, int64_t batch, int64_t head, TokenRange visible) {
+  if (visible.size() == 0) return;
+  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
+                         head * params.block_table_head_stride;
+  const int32_t last = (visible.end - 1) / params.page_size;
+  for (int32_t i = visible.begin / params.page_size; i <= last; ++i) {
+    ART_CHECK(table[i] >= 0 && table[i] < params.num_pages, kOp,
+              ": page ids in block_table must be from 0 to ", params.num_pages - 1, ", got ",
+              table[i], " at page ", i, " of sequence ", batch);
+  }
+}
+
+void check_walk(const DecodeParams& params, int64_t index, bool duplicates) {
+  const int32_t len = params.walk_lens[index];
+  ART_CHECK(len >= 0 && len <= params.max_units, kOp, ": walk_lens must be from 0 to ",
+            params.max_units, " (the last dimension of walk), got ", len);
+  const int64_t capacity = int64_t{params.max_pages} * params.page_size;
+  const int64_t num_units = (capacity + params.unit_size - 1) / params.unit_size;
+  const int32_t* units = params.walk + index * params.max_units;
+  std::vector<bool> seen(duplicates ? num_units : 0);
+  for (int32_t i = 0; i < len; ++i) {
+    ART_CHECK(units[i] >= 0 && units[i] < num_units, kOp,
+              ": walk entries are unit numbers (token / unit_size), from 0 to ", num_units - 1,
+              ", got ", units[i]);
+    if (!duplicates) continue;
+    ART_CHECK(!seen[units[i]], kOp, ": walk must not list a unit twice, got ", units[i],
+              " again at position ", i);
+    seen[units[i]] = true;
+  }
+}
+
+}  // namespace
+
+void check_values(const DecodeParams& params, bool duplicates) {
+  const bool per_head = params.block_table_head_stride != 0 || params.seq_lens_head_stride != 0;
+  for (int64_t batch = 0; batch < params.batch; ++batch) {
+    for (int64_t head = 0; head < params.num_kv_heads; ++head) {
+      if (head == 0 || per_head) {
+        check_pages(params, batch, head, check_length(params, batch, head));
+      }
+      const int64_t index = batch * params.num_kv_heads + head;
+      if (params.walk_order == WalkOrder::kExplicit) check_walk(params, index, duplicates);
+      if (params.pinned_units == nullptr) continue;
+      ART_CHECK(params.pinned_units[index] >= 0, kOp,
+                ": num_pinned_per_head must not be negative, got ", params.pinned_units[index]);
+    }
+  }
+  for (int64_t i = 0; params.thresholds != nullptr && i < 2 * params.num_kv_heads; ++i) {
+    ART_CHECK(params.thresholds[i] >= 0, kOp, ": thresholds must not be negative or NaN, got ",
+              params.thresholds[i]);
+  }
+}
+
+}  // namespace art

@@ -1,0 +1,46 @@
+#include "cpu/decode_attention.h"
+
+#include <cstdlib>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "ops/decode_attention.h"
+
+namespace art {
+namespace {
+
+bool checked_by_environment() {
+  const char* value = std::getenv("ART_CHECKED");
+  return value != nullptr && std::string(value) == "1";
+}
+
+void launch_cpu(const DecodeArguments& args, const DecodeParams& params, int64_t num_splits) {
+  check_values(params, args.checked ? *args.checked : checked_by_environment());
+  if (params.batch == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const cpu::DecodePlan plan = cpu::plan_decode(params, threads, num_splits);
+  constexpr int64_t kAlignment = 64;
+  const int64_t bytes = static_cast<int64_t>(plan.workspace_bytes) + kAlignment;
+  const Tensor workspace =
+      torch::stable::new_empty(args.query, {bytes}, torch::headeronly::ScalarType::Byte);
+  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  void* const memory =
+      reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  cpu::begin_decode(params, plan, memory);
+  torch::stable::parallel_for(0, plan.num_workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      cpu::run_decode_worker(params, plan, memory, worker);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(art, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&Decode<launch_cpu>::decode_attention));
+  m.impl("decode_attention.out", TORCH_BOX(&Decode<launch_cpu>::decode_attention_out));
+  m.impl("_decode_attention_split", TORCH_BOX(&Decode<launch_cpu>::decode_attention_split));
+}
+
+}  // namespace art

@@ -1,0 +1,23 @@
+// The schemas of torch.ops.art, and nothing else. Arguments are only ever appended.
+#include <torch/csrc/stable/library.h>
+
+#define ART_DECODE_ARGUMENTS                                                                     \
+  "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, *, " \
+  "float? scale=None, int criterion=0, float d_scale=0, float d_direction=0, int patience=1, "   \
+  "Tensor? thresholds=None, str walk_order=\"sink_recent\", Tensor? walk=None, "                 \
+  "Tensor? walk_lens=None, int? num_pinned=None, Tensor? num_pinned_per_head=None, "             \
+  "int block_size=64, int unit_size=16, float softcap=0, Tensor? attn_sinks=None, "              \
+  "int sliding_window=0, Tensor? alibi_slopes=None, Tensor? seq_starts=None, "                   \
+  "bool batch_invariant=False, bool? checked=None"
+
+STABLE_TORCH_LIBRARY(art, m) {
+  m.def("decode_attention(" ART_DECODE_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("decode_attention.out(" ART_DECODE_ARGUMENTS
+        ", Tensor(a!) out, Tensor(b!) lse, Tensor(c!) tokens_read, Tensor(d!) stop_block) -> ()");
+  // For tests: the result must not depend on the number of splits.
+  m.def("_decode_attention_split(" ART_DECODE_ARGUMENTS
+        ", int num_splits) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor slot_mapping) -> ()");
+}
