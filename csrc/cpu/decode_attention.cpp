@@ -105,32 +105,18 @@ Workspace lay_out(const DecodeParams& params, const DecodePlan& plan, void* base
   return space;
 }
 
-TokenRange visible_of(const DecodeParams& params, int64_t batch, int64_t head) {
-  const int32_t len =
-      params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
-  const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
-  return visible_tokens(len, start, params.sliding_window);
-}
-
-Item make_item(const DecodeParams& params, int64_t index, int32_t* kept_units) {
-  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
-  const TokenRange visible = visible_of(params, batch, head);
-  const int32_t pinned =
-      params.pinned_units == nullptr ? params.num_pinned : params.pinned_units[index];
-  Walk walk;
-  if (params.walk_order == WalkOrder::kExplicit) {
-    const int64_t row = index * params.max_units;
-    // The units that stay are written to the workspace: the caller's walk is not ours to change.
-    int32_t* kept = kept_units + row;
-    const int32_t* units = params.walk + row;
-    walk = explicit_walk(units, params.walk_lens[index], pinned, visible, params.unit_size, kept);
-  } else {
-    walk = built_in_walk(params.walk_order, visible, params.unit_size, pinned);
+Item plan_item(const DecodeParams& params, int64_t index, int32_t* kept_units) {
+  const TokenRange visible = visible_of(params, index);
+  const int32_t pinned = num_pinned_of(params, index);
+  if (params.walk_order != WalkOrder::kExplicit) {
+    const Walk walk = built_in_walk(params.walk_order, visible, params.unit_size, pinned);
+    return make_item(params, index, visible, walk);
   }
-  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
-                         head * params.block_table_head_stride;
-  const StepSchedule steps(walk, params.block_size, params.unit_size);
-  return {static_cast<int32_t>(batch), static_cast<int32_t>(head), visible, walk, steps, table};
+  // The units that stay are written to the workspace: the caller's walk is not ours to change.
+  const int64_t row = index * params.max_units;
+  const Walk walk = explicit_walk(params.walk + row, params.walk_lens[index], pinned, visible,
+                                  params.unit_size, kept_units + row);
+  return make_item(params, index, visible, walk);
 }
 
 // An upper bound on the steps of an item, from its length alone.
@@ -139,9 +125,7 @@ int64_t bound_steps(const DecodeParams& params, int64_t index) {
   if (params.walk_order == WalkOrder::kExplicit) {
     units = params.walk_lens[index];
   } else {
-    const TokenRange visible =
-        visible_of(params, index / params.num_kv_heads, index % params.num_kv_heads);
-    units = visible.size() / params.unit_size + 2;
+    units = visible_of(params, index).size() / params.unit_size + 2;
   }
   return units / (params.block_size / params.unit_size) + 2;
 }
@@ -283,7 +267,7 @@ void begin_decode(const DecodeParams& params, const DecodePlan& plan, void* work
   }
   for (int64_t index = 0; index < plan.num_items; ++index) {
     ItemState& state =
-        *new (space.items + index) ItemState(make_item(params, index, space.kept_units));
+        *new (space.items + index) ItemState(plan_item(params, index, space.kept_units));
     state.computed = space.computed + index * plan.max_chunks;
     const int64_t steps = state.item.steps.num_steps;
     // An item without steps still has a chunk: somebody has to write its zeros.

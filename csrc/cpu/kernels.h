@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "core/item.h"
 #include "core/online_softmax.h"
 #include "core/params.h"
-#include "core/schedule.h"
 #include "core/termination.h"
-#include "core/walk.h"
 
 namespace art::cpu {
 
@@ -20,16 +19,6 @@ constexpr int32_t kScoreStride = kTileTokens + kTilePadding;
 constexpr int32_t round_up(int32_t n, int32_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-
-// One (sequence, KV head): all that depends on it, derived from the parameters alone.
-struct Item {
-  int32_t batch;
-  int32_t kv_head;
-  TokenRange visible;
-  Walk walk;
-  StepSchedule steps;
-  const int32_t* block_table;  // [max_pages]
-};
 
 // Softmax states and weighted value sums of one step, or of all steps folded so far.
 struct Accumulator {

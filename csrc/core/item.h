@@ -1,0 +1,44 @@
+// One (sequence, KV head): all that a kernel derives about it from the parameters.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/params.h"
+#include "core/schedule.h"
+#include "core/walk.h"
+
+namespace art {
+
+struct Item {
+  int32_t batch;
+  int32_t kv_head;
+  TokenRange visible;
+  Walk walk;
+  StepSchedule steps;
+  const int32_t* block_table;  // [max_pages]
+};
+
+// Items are numbered batch * num_kv_heads + kv_head.
+ART_HD TokenRange visible_of(const DecodeParams& params, int64_t index) {
+  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
+  const int32_t len =
+      params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
+  const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
+  return visible_tokens(len, start, params.sliding_window);
+}
+
+ART_HD int32_t num_pinned_of(const DecodeParams& params, int64_t index) {
+  return params.pinned_units == nullptr ? params.num_pinned : params.pinned_units[index];
+}
+
+ART_HD Item make_item(const DecodeParams& params, int64_t index, TokenRange visible,
+                      const Walk& walk) {
+  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
+  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
+                         head * params.block_table_head_stride;
+  const StepSchedule steps(walk, params.block_size, params.unit_size);
+  return {static_cast<int32_t>(batch), static_cast<int32_t>(head), visible, walk, steps, table};
+}
+
+}  // namespace art
