@@ -20,21 +20,21 @@ struct Item {
 };
 
 // Items are numbered batch * num_kv_heads + kv_head.
-ART_HD TokenRange visible_of(const DecodeParams& params, int64_t index) {
-  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
+ART_HD TokenRange visible_of(const DecodeParams& params, int32_t index) {
+  const int32_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
   const int32_t len =
       params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
   const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
   return visible_tokens(len, start, params.sliding_window);
 }
 
-ART_HD int32_t num_pinned_of(const DecodeParams& params, int64_t index) {
+ART_HD int32_t num_pinned_of(const DecodeParams& params, int32_t index) {
   return params.pinned_units == nullptr ? params.num_pinned : params.pinned_units[index];
 }
 
-ART_HD Item make_item(const DecodeParams& params, int64_t index, TokenRange visible,
+ART_HD Item make_item(const DecodeParams& params, int32_t index, TokenRange visible,
                       const Walk& walk) {
-  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
+  const int32_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
   const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
                          head * params.block_table_head_stride;
   const StepSchedule steps(walk, params.block_size, params.unit_size);

@@ -32,9 +32,8 @@ ART_HD FoldFactors fold(SoftmaxState& running, const SoftmaxState& incoming) {
 
 // An attention sink is a logit without a token: it adds to the denominator only. Kept out of the
 // state, it costs the log-sum-exp over the tokens no precision.
-template <typename T>
-ART_HD T sink_mass(const SoftmaxState& state, const float* sink_logit) {
-  return sink_logit == nullptr ? T(0) : std::exp(T(*sink_logit) - T(state.max));
+ART_HD float sink_mass(const SoftmaxState& state, const float* sink_logit) {
+  return sink_logit == nullptr ? 0.0f : std::exp(*sink_logit - state.max);
 }
 
 // Natural logarithm, over the tokens read.

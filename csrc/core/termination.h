@@ -6,17 +6,49 @@
 #include <cstdint>
 
 #include "core/macros.h"
+#include "core/online_softmax.h"
 
 namespace art {
 
-// Inner products of the running output o and the increment direction u = (block mean) - o. The
-// output after the block is o + w u, with w the block's share of the softmax mass so far.
-template <typename T>
-struct IncrementMoments {
-  T oo;  // <o, o>
-  T ou;  // <o, u>
-  T uu;  // <u, u>
+// With a the weighted values so far and p those of the block, both brought to the common maximum,
+// the output before the block is a / T0 and after it (a + p) / T1, where T0 and T1 are the
+// denominators, sink included. Up to the common factor 1 / T0, which cancels from every ratio,
+// the output is a, and its change is d = keep * p - share * a. Subtracting two nearly equal
+// outputs instead would leave only rounding noise at thresholds such as 1e-7.
+struct IncrementWeights {
+  float keep;   // T0 / T1
+  float share;  // 1 - keep: the block's share of the softmax mass
 };
+
+ART_HD IncrementWeights increment_weights(const SoftmaxState& incoming, const SoftmaxState& after,
+                                          const FoldFactors& factors, const float* sink_logit) {
+  const float block = incoming.sum * factors.incoming;
+  const float total = after.sum + sink_mass(after, sink_logit);
+  // A sink far above every logit overflows the total: the block's share is then nothing.
+  if (total == INFINITY) return {1.0f, 0.0f};
+  return {(total - block) / total, block / total};
+}
+
+// Inner products of the output a and its change d.
+struct IncrementMoments {
+  float aa;
+  float ad;
+  float dd;
+};
+
+// False where squares may have left the range of float32: the moments must then be formed again
+// from vectors multiplied by moment_scale().
+ART_HD bool in_range(const IncrementMoments& moments) {
+  return moments.aa > 1e-30f && moments.aa < 1e30f && moments.dd < 1e30f;
+}
+
+// A power of two that brings the largest element of both vectors near one. Exact, and common to
+// both, so it changes no ratio.
+ART_HD float moment_scale(float largest) {
+  if (!(largest > 0.0f) || largest == INFINITY) return 1.0f;
+  const int exponent = std::ilogb(largest);
+  return std::ldexp(1.0f, exponent < -126 ? 126 : -exponent);
+}
 
 // Relative change of the output's length, and one minus the cosine between old and new output.
 struct OutputChange {
@@ -24,36 +56,23 @@ struct OutputChange {
   float direction;
 };
 
-// Both changes follow from the increment: subtracting two nearly equal outputs would leave only
-// rounding noise at thresholds such as 1e-7. Everything is divided by |o|^2 first, so that only
-// the squares themselves can leave the range of T.
-template <typename T>
-ART_HD OutputChange output_change(const IncrementMoments<T>& moments, T w) {
-  if (w == T(0)) return {0.0f, 0.0f};
-  if (moments.oo == T(0)) {
-    if (moments.uu == T(0)) return {0.0f, 0.0f};
-    return {INFINITY, INFINITY};
-  }
-  const T projection = w * (moments.ou / moments.oo);
-  const T increment_sq = w * w * (moments.uu / moments.oo);
-  const T growth = T(2) * projection + increment_sq;  // |o_new|^2 / |o|^2 - 1
-  const T ratio_sq = T(1) + growth;
-  if (ratio_sq <= T(0)) return {1.0f, 1.0f};
-  const T ratio = std::sqrt(ratio_sq);
-  const T scale = std::fabs(growth) / (T(1) + ratio);
+ART_HD OutputChange output_change(const IncrementMoments& moments) {
+  if (moments.dd == 0.0f) return {0.0f, 0.0f};
+  if (moments.aa == 0.0f) return {INFINITY, INFINITY};
+  const float projection = moments.ad / moments.aa;
+  const float increment_sq = moments.dd / moments.aa;
+  const float growth = 2.0f * projection + increment_sq;  // |new|^2 / |old|^2 - 1
+  const float ratio_sq = 1.0f + growth;
+  if (ratio_sq <= 0.0f) return {1.0f, 1.0f};
+  const float ratio = std::sqrt(ratio_sq);
+  const float scale = std::fabs(growth) / (1.0f + ratio);
 
   // Rounding can make the Gram determinant negative; a NaN must stay one.
-  T sine_sq = (increment_sq - projection * projection) / ratio_sq;
-  if (sine_sq < T(0)) sine_sq = T(0);
-  const T cosine = (T(1) + projection) / ratio;
-  const T direction = cosine > T(0) ? sine_sq / (T(1) + cosine) : T(1) - cosine;
-  return {static_cast<float>(scale), static_cast<float>(direction)};
-}
-
-// True where float32 squares may have under- or overflowed, so that the moments must be formed
-// again in double.
-ART_HD bool needs_double(const IncrementMoments<float>& moments) {
-  return !(moments.oo > 1e-30f && moments.oo < 1e30f && moments.uu < 1e30f);
+  float sine_sq = (increment_sq - projection * projection) / ratio_sq;
+  if (sine_sq < 0.0f) sine_sq = 0.0f;
+  const float cosine = (1.0f + projection) / ratio;
+  const float direction = cosine > 0.0f ? sine_sq / (1.0f + cosine) : 1.0f - cosine;
+  return {scale, direction};
 }
 
 struct StabilityThresholds {

@@ -281,48 +281,31 @@ void compute_step(const DecodeParams& params, const Item& item, int32_t step, Sc
   flush();
 }
 
-// How far the step moves the output of one head, from values that are not yet folded.
-struct HeadFold {
-  SoftmaxState before;
-  SoftmaxState incoming;
-  SoftmaxState after;
-  const float* sink;
-};
-
-template <typename R>
-OutputChange change_in_double(const HeadFold& fold, const float* running, const float* incoming,
-                              int32_t dim) {
-  const R before = R(1) / (R(fold.before.sum) + sink_mass<R>(fold.before, fold.sink));
-  const R step = R(1) / R(fold.incoming.sum);
-  const R after = R(fold.after.sum) + sink_mass<R>(fold.after, fold.sink);
-  const R share = std::exp(R(fold.incoming.max) - R(fold.after.max)) * R(fold.incoming.sum) / after;
-  IncrementMoments<R> moments = {};
-  for (int32_t d = 0; d < dim; ++d) {
-    const R o = running[d] * before;
-    const R u = incoming[d] * step - o;
-    moments.oo += o * o;
-    moments.ou += o * u;
-    moments.uu += u * u;
+// Both vectors are multiplied by `scale`, a power of two.
+ART_INLINE IncrementMoments moments_of(const FoldFactors& factors, const IncrementWeights& weights,
+                                       const float* running, const float* incoming, int32_t dim,
+                                       float scale) {
+  const float before = factors.running * scale, block = factors.incoming * weights.keep * scale;
+  VecF aa = {}, ad = {}, dd = {};
+  for (int32_t i = 0; i < dim; i += kLanes) {
+    const VecF a = load(running + i) * before;
+    const VecF d = load(incoming + i) * block - a * weights.share;
+    aa += a * a;
+    ad += a * d;
+    dd += d * d;
   }
-  return output_change(moments, share);
+  return {reduce_add(aa), reduce_add(ad), reduce_add(dd)};
 }
 
-OutputChange change_of(const HeadFold& fold, const FoldFactors& factors, const float* running,
-                       const float* incoming, int32_t dim) {
-  const float before = 1.0f / (fold.before.sum + sink_mass<float>(fold.before, fold.sink));
-  const float step = 1.0f / fold.incoming.sum;
-  VecF oo = {}, ou = {}, uu = {};
-  for (int32_t d = 0; d < dim; d += kLanes) {
-    const VecF o = load(running + d) * before;
-    const VecF u = load(incoming + d) * step - o;
-    oo += o * o;
-    ou += o * u;
-    uu += u * u;
+float largest_of(const FoldFactors& factors, const IncrementWeights& weights, const float* running,
+                 const float* incoming, int32_t dim) {
+  float largest = 0.0f;
+  for (int32_t i = 0; i < dim; ++i) {
+    const float a = running[i] * factors.running;
+    const float d = incoming[i] * factors.incoming * weights.keep - a * weights.share;
+    largest = std::fmax(largest, std::fmax(std::fabs(a), std::fabs(d)));
   }
-  const IncrementMoments<float> moments = {reduce_add(oo), reduce_add(ou), reduce_add(uu)};
-  if (needs_double(moments)) return change_in_double<double>(fold, running, incoming, dim);
-  const float after = fold.after.sum + sink_mass<float>(fold.after, fold.sink);
-  return output_change(moments, factors.incoming * fold.incoming.sum / after);
+  return largest;
 }
 
 bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, bool compare,
@@ -336,14 +319,18 @@ bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, b
   for (int32_t g = 0; g < params.group_size; ++g) {
     const float* incoming = step.values + g * row;
     float* values = running.values + g * row;
-    const SoftmaxState before = running.softmax[g];
     const FoldFactors factors = fold(running.softmax[g], step.softmax[g]);
     if (compare) {
       const int32_t head = item.kv_head * params.group_size + g;
       const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
-      const HeadFold head_fold = {before, step.softmax[g], running.softmax[g], sink};
-      const OutputChange change = change_of(head_fold, factors, values, incoming, dim);
-      stable = stable && is_stable(change, thresholds);
+      const IncrementWeights weights =
+          increment_weights(step.softmax[g], running.softmax[g], factors, sink);
+      IncrementMoments moments = moments_of(factors, weights, values, incoming, dim, 1.0f);
+      if (!in_range(moments)) {
+        const float scale = moment_scale(largest_of(factors, weights, values, incoming, dim));
+        moments = moments_of(factors, weights, values, incoming, dim, scale);
+      }
+      stable = stable && is_stable(output_change(moments), thresholds);
     }
     add_scaled(factors, incoming, dim, values);
   }
@@ -359,7 +346,7 @@ void write_output(const DecodeParams& params, const Item& item, Accumulator runn
     const int64_t index = item.batch * int64_t{params.num_q_heads} + head;
     const SoftmaxState& state = running.softmax[g];
     const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
-    const float denominator = state.sum + sink_mass<float>(state, sink);
+    const float denominator = state.sum + sink_mass(state, sink);
     T* out = static_cast<T*>(params.out) + index * params.value_dim;
     for (int32_t d = 0; d < params.value_dim; ++d) {
       // Nothing read leaves 0 / 0, which is defined as zero.
