@@ -11,6 +11,8 @@ from art_torch import _C  # noqa: F401  (loading it registers torch.ops.art)
 from art_torch.criterion import Stability
 
 _STABILITY = 1
+_DECODE_TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens")
+_APPEND_TENSORS = ("key", "value", "key_cache", "value_cache", "slot_mapping")
 
 
 class DecodeResult(NamedTuple):
@@ -104,7 +106,8 @@ def decode_attention(
 
     Source: Attention Run-time Termination, arXiv 2606.00024, with walks of our own.
     """
-    _refuse_grad("decode_attention", query, key_cache, value_cache)
+    tensors = (query, key_cache, value_cache, block_table, seq_lens)
+    _check_tensors("decode_attention", _DECODE_TENSORS, tensors)
     arguments = dict(
         scale=None if scale is None else float(scale),
         walk_lens=walk_lens,
@@ -120,7 +123,6 @@ def decode_attention(
         **_criterion_arguments(criterion, key_cache),
         **_walk_arguments(walk, num_pinned),
     )
-    tensors = (query, key_cache, value_cache, block_table, seq_lens)
     if out is None:
         return DecodeResult(*_call(torch.ops.art.decode_attention.default, *tensors, **arguments))
     out = DecodeResult(*out)
@@ -145,15 +147,19 @@ def append_kv(
         ValueError: A shape or a slot is out of range.
         TypeError: A dtype is wrong.
     """
-    _refuse_grad("append_kv", key, value, key_cache, value_cache)
-    _call(torch.ops.art.append_kv.default, key, value, key_cache, value_cache, slot_mapping)
+    tensors = (key, value, key_cache, value_cache, slot_mapping)
+    _check_tensors("append_kv", _APPEND_TENSORS, tensors)
+    _call(torch.ops.art.append_kv.default, *tensors)
 
 
 def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)
     try:
-        return op(*args, **kwargs)
+        # Inputs that require grad were refused above; this skips the check for direct callers of
+        # torch.ops.art, which costs more than the rest of the call.
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
     except RuntimeError as error:
         _raise_argument_error(error)
 
@@ -168,8 +174,13 @@ def _raise_argument_error(error: RuntimeError) -> NoReturn:
     raise error
 
 
-def _refuse_grad(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
+def _check_tensors(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
+    needs_grad = False
+    for name, tensor in zip(names, tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        needs_grad = needs_grad or tensor.requires_grad
+    if needs_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: inputs must not require grad, for the operator has no backward; "
             "use torch.no_grad() or detach()"
@@ -225,9 +236,27 @@ def _walk_arguments(walk: str | Tensor, num_pinned: int | Tensor | None) -> dict
     return arguments
 
 
+def _check_one_device(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
+    """Meta tensors beside real ones end up here, and would give results without data."""
+    device = tensors[0].device
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{op}: {name} must be on the device of {names[0]}, {device}, got {tensor.device}"
+            )
+
+
 def _decode_attention_fake(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any, **__: Any
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (query, key_cache, value_cache, block_table, seq_lens)
+    _check_one_device("decode_attention", _DECODE_TENSORS, tensors)
     batch, num_q_heads = query.shape[0], query.shape[1]
     per_head = (batch, key_cache.shape[2])
     return (
@@ -238,11 +267,46 @@ def _decode_attention_fake(
     )
 
 
-def _nothing_fake(*_: Any, **__: Any) -> None:
-    return None
+def _decode_attention_out_fake(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *_: Any,
+    **__: Any,
+) -> None:
+    tensors = (query, key_cache, value_cache, block_table, seq_lens)
+    _check_one_device("decode_attention", _DECODE_TENSORS, tensors)
 
 
-torch.library.register_fake("art::decode_attention", _decode_attention_fake)
-torch.library.register_fake("art::_decode_attention_split", _decode_attention_fake)
-torch.library.register_fake("art::decode_attention.out", _nothing_fake)
-torch.library.register_fake("art::append_kv", _nothing_fake)
+def _append_kv_fake(*tensors: Tensor) -> None:
+    _check_one_device("append_kv", _APPEND_TENSORS, tensors)
+
+
+def _refusing_grad(op: Any) -> Any:
+    """Autograd kernel of an operator without a backward: refuses instead of losing gradients."""
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
+        ):
+            raise RuntimeError(
+                f"{op.name()} has no backward: its inputs must not require grad under grad mode"
+            )
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return kernel
+
+
+_FAKES: dict[Any, Any] = {
+    torch.ops.art.decode_attention.default: _decode_attention_fake,
+    torch.ops.art.decode_attention.out: _decode_attention_out_fake,
+    torch.ops.art._decode_attention_split.default: _decode_attention_fake,
+    torch.ops.art.append_kv.default: _append_kv_fake,
+}
+# register_autograd() does not take operators with keyword-only tensors.
+_AUTOGRAD = torch.library.Library("art", "IMPL")
+for _op, _fake in _FAKES.items():
+    torch.library.register_fake(_op.name(), _fake)
+    _AUTOGRAD.impl(_op.name(), _refusing_grad(_op), "Autograd", with_keyset=True)
