@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "core/macros.h"
 #include "core/online_softmax.h"
@@ -46,8 +47,13 @@ ART_HD bool in_range(const IncrementMoments& moments) {
 // both, so it changes no ratio.
 ART_HD float moment_scale(float largest) {
   if (!(largest > 0.0f) || largest == INFINITY) return 1.0f;
-  const int exponent = std::ilogb(largest);
-  return std::ldexp(1.0f, exponent < -126 ? 126 : -exponent);
+  uint32_t bits;
+  memcpy(&bits, &largest, sizeof(bits));
+  const uint32_t exponent = bits >> 23 < 253u ? bits >> 23 : 253u;
+  const uint32_t inverse = (254u - exponent) << 23;  // 2^-e for a largest element of 2^e
+  float scale;
+  memcpy(&scale, &inverse, sizeof(scale));
+  return scale;
 }
 
 // Relative change of the output's length, and one minus the cosine between old and new output.

@@ -1,6 +1,7 @@
 // Argument errors: what was expected, and what came.
 #pragma once
 
+#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,6 +24,12 @@ template <class... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+// ART_CHECKED=1 asks for the checks that cost time; an operator's own argument goes before it.
+inline bool checked_by_environment() {
+  const char* value = std::getenv("ART_CHECKED");
+  return value != nullptr && std::string(value) == "1";
 }
 
 inline std::string dtype_name(ScalarType dtype) {

@@ -1,7 +1,5 @@
 #include "cpu/decode_attention.h"
 
-#include <cstdlib>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,13 +8,8 @@
 namespace art {
 namespace {
 
-bool checked_by_environment() {
-  const char* value = std::getenv("ART_CHECKED");
-  return value != nullptr && std::string(value) == "1";
-}
-
 void launch_cpu(const DecodeArguments& args, const DecodeParams& params, int64_t num_splits) {
-  check_values(params, args.checked ? *args.checked : checked_by_environment());
+  check_values(params, /*duplicates=*/is_checked(args));
   if (params.batch == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const cpu::DecodePlan plan = cpu::plan_decode(params, threads, num_splits);

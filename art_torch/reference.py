@@ -1,0 +1,419 @@
+"""The contract of ART decode attention in plain float64 PyTorch.
+
+This module is the specification: every kernel is tested against it and the documentation quotes it.
+It is written to be read, one (sequence, KV head) at a time, and calls no compiled code. Paper:
+Attention Run-time Termination, arXiv 2606.00024; the stopping rule is `output_change` together with
+the patience counter in `_attend`.
+
+Terms, used everywhere in this package:
+
+* *unit*: `unit_size` consecutive tokens of one head, aligned at token 0; the smallest thing a walk
+  can name.
+* *walk*: the order in which the units of a head are read.
+* *pinned*: the units at the start of the walk that are read before any decision is made.
+* *block*: `block_size / unit_size` consecutive units of the walk; one decision is made after each
+  block.
+* *group*: the query heads that share a KV head. They read together and stop together.
+
+How a walk is cut into blocks never depends on the criterion. So `criterion=None` gives exactly the
+result of a criterion that never fires, and the output of a stopped head is that of exact attention
+over the blocks up to its `stop_block`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from art_torch._reference_checks import (
+    check_append_kv,
+    check_options,
+    check_page_ids,
+    check_tensors,
+    check_walk,
+    thresholds_of,
+)
+
+if TYPE_CHECKING:
+    from art_torch.criterion import Stability
+
+MARGIN = 16.0  # k of the error band
+PROBABILITY_ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+SINK_TOKENS = 64  # tokens that `sink_recent` reads first, and pins at either end
+
+
+class BlockChange(NamedTuple):
+    """What one block j >= 1 changed, for each of the G query heads of its group.
+
+    All tensors are float64 `[G]`.
+
+    Attributes:
+        d_scale: `| |o_j| - |o_{j-1}| | / |o_{j-1}|`.
+        d_direction: `1 - cos(o_j, o_{j-1})`.
+        weight: w, the share of the block in the softmax denominator after it (sinks included), in
+            [0, 1].
+        spread: r, mean |v| over |o_{j-1}|, with the larger of the means of |v| over the block and
+            over everything before it, both weighted by probability: how strongly the values cancel
+            in the output. 0 while every value read before the block is exactly zero.
+        max_logit: max |x| over all tokens read up to and including the block.
+    """
+
+    d_scale: Tensor
+    d_direction: Tensor
+    weight: Tensor
+    spread: Tensor
+    max_logit: Tensor
+
+
+class ReferenceResult(NamedTuple):
+    """Result of `decode_attention`, on the CPU.
+
+    Attributes:
+        out: `[B, Hq, Dv]` float64. Zeros for a head with nothing to read.
+        lse: `[B, Hq]` float64, natural log-sum-exp of the logits read, sinks excluded. -inf with
+            nothing to read.
+        tokens_read: `[B, Hkv]` int32, visible tokens of all blocks up to the stop.
+        stop_block: `[B, Hkv]` int32, index j of the block that completed `patience` (also when it
+            is the last one); -1 where patience was never completed.
+        trace: `trace[b][h]` lists what the blocks j = 1, 2, ... that were read changed.
+    """
+
+    out: Tensor
+    lse: Tensor
+    tokens_read: Tensor
+    stop_block: Tensor
+    trace: list[list[list[BlockChange]]]
+
+
+@torch.no_grad()
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    criterion: Stability | None = None,
+    walk: str | Tensor = "sink_recent",
+    walk_lens: Tensor | None = None,
+    num_pinned: int | Tensor | None = None,
+    block_size: int = 64,
+    unit_size: int = 16,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    attn_sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+) -> ReferenceResult:
+    """Attend with one query token per sequence, block by block, until the output stops changing.
+
+    Runs on the CPU; what is read of arguments on another device is copied.
+
+    Args:
+        query: `[B, Hq, D]`, any floating dtype; everything is computed in float64.
+        key_cache: `[P, page_size, Hkv, D]`, the dtype of `query`, any strides; Hq is a multiple of
+            Hkv.
+        value_cache: `[P, page_size, Hkv, Dv]`, the dtype of `query`, any strides.
+        block_table: int32 `[B, max_pages]`, or `[B, Hkv, max_pages]` per head: page ids. Entries of
+            pages without a visible token may hold anything.
+        seq_lens: int32 `[B]`, or `[B, Hkv]` per head: tokens in the cache, the query's own token
+            included.
+        criterion: when to stop. `None` reads the whole walk: exact attention.
+        walk: `"oldest_first"`, `"recent_first"`, `"sink_recent"`, or int32 `[B, Hkv, max_units]` of
+            unit indices.
+        walk_lens: int32 `[B, Hkv]`, entries of an explicit `walk` that count; the others may hold
+            anything.
+        num_pinned: units at the start of the walk that are always read, an int or int32 `[B, Hkv]`.
+            Default: the first 64 and the last 64 tokens for `"sink_recent"`, else none.
+        block_size: tokens a block, a multiple of `unit_size`.
+        unit_size: tokens a unit. Divides `page_size`, but is free when `max_pages` is 1.
+        scale: factor on the dot products, default `1 / sqrt(D)`.
+        softcap: c > 0 replaces a logit x by `c * tanh(x / c)`; 0 is off.
+        attn_sinks: `[Hq]`, one logit per query head that takes part in the softmax denominator and
+            has no value.
+        sliding_window: how many of the last tokens are visible, the query's own included.
+        alibi_slopes: `[Hq]`, adds `slope * (j - (seq_len - 1))` to the logit of token j.
+        seq_starts: int32 `[B]`, first visible token of each sequence, default 0.
+
+    Returns:
+        A `ReferenceResult`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape or a value out of range, also inside the index
+            tensors; a walk names a unit twice; ALiBi or a window is combined with per-head
+            `seq_lens`.
+    """
+    check_tensors(query, key_cache, value_cache, block_table, seq_lens, seq_starts)
+    check_options(query, seq_lens, scale, softcap, attn_sinks, sliding_window, alibi_slopes)
+    check_walk(block_table, value_cache, walk, walk_lens, num_pinned, block_size, unit_size)
+    batch, num_q_heads, head_dim = query.shape
+    num_kv_heads, value_dim = value_cache.shape[2:]
+    group = num_q_heads // num_kv_heads
+    limits = thresholds_of(criterion, num_kv_heads)
+
+    out = torch.zeros(batch, num_q_heads, value_dim, dtype=torch.float64)
+    lse = torch.full((batch, num_q_heads), -math.inf, dtype=torch.float64)
+    tokens_read = torch.zeros(batch, num_kv_heads, dtype=torch.int32)
+    stop_block = torch.full((batch, num_kv_heads), -1, dtype=torch.int32)
+    trace: list[list[list[BlockChange]]] = [[] for _ in range(batch)]
+    for b in range(batch):
+        for h in range(num_kv_heads):
+            heads = slice(h * group, (h + 1) * group)
+            seq_len = int(seq_lens[b] if seq_lens.ndim == 1 else seq_lens[b, h])
+            head = _Head(
+                query=_exact(query[b, heads]),
+                keys=key_cache[:, :, h],
+                values=value_cache[:, :, h],
+                page_ids=(block_table[b] if block_table.ndim == 2 else block_table[b, h])
+                .long()
+                .cpu(),
+                seq_len=seq_len,
+                scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
+                softcap=softcap,
+                sinks=None if attn_sinks is None else _exact(attn_sinks[heads]),
+                slopes=None if alibi_slopes is None else _exact(alibi_slopes[heads]),
+            )
+            visible = visible_tokens(
+                seq_len, 0 if seq_starts is None else int(seq_starts[b]), sliding_window
+            )
+            check_page_ids(head.page_ids, visible, key_cache)
+            if isinstance(walk, str):
+                order = walk_order(walk, visible, unit_size)
+            else:
+                assert walk_lens is not None  # checked above
+                order = walk[b, h, : walk_lens[b, h]].tolist()
+            pinned = default_pinned(walk, unit_size) if num_pinned is None else num_pinned
+            pinned = int(pinned[b, h]) if isinstance(pinned, Tensor) else pinned
+            blocks = cut_blocks(order, pinned, visible, block_size, unit_size)
+            state = _attend(head, blocks, None if limits is None else limits[h])
+            out[b, heads], lse[b, heads], tokens_read[b, h], stop_block[b, h] = state[:4]
+            trace[b].append(state[4])
+    return ReferenceResult(out, lse, tokens_read, stop_block, trace)
+
+
+def visible_tokens(seq_len: int, seq_start: int, sliding_window: int | None) -> range:
+    """Return the tokens that the query may attend to; the window counts the query's own token."""
+    window_start = 0 if sliding_window is None else seq_len - sliding_window
+    return range(max(seq_start, window_start), seq_len)
+
+
+def walk_order(name: str, visible: range, unit_size: int) -> list[int]:
+    """Return the units of a built-in walk: all those with a visible token, each once."""
+    if not visible:
+        return []
+    units = list(range(visible[0] // unit_size, visible[-1] // unit_size + 1))
+    if name == "oldest_first":
+        return units
+    if name == "recent_first":
+        return units[::-1]
+    sink = math.ceil(SINK_TOKENS / unit_size)
+    return units[:sink] + units[sink:][::-1]
+
+
+def default_pinned(walk: str | Tensor, unit_size: int) -> int:
+    """Return the default of `num_pinned`: `sink_recent` pins the first and the last 64 tokens."""
+    is_sink_recent = isinstance(walk, str) and walk == "sink_recent"
+    return 2 * math.ceil(SINK_TOKENS / unit_size) if is_sink_recent else 0
+
+
+def cut_blocks(
+    order: list[int], num_pinned: int, visible: range, block_size: int, unit_size: int
+) -> list[Tensor]:
+    """Cut a walk into blocks and return the visible tokens of each, in walk order.
+
+    Pinned positions are counted in the walk as given; only then units without a visible token are
+    dropped. The pinned units that remain are block 0. Without any, the first ordinary block is
+    block 0. The last block may be short.
+    """
+
+    def tokens_of(unit: int) -> range:
+        start, end = unit * unit_size, (unit + 1) * unit_size
+        return range(max(start, visible.start), min(end, visible.stop))
+
+    pinned = [u for u in order[:num_pinned] if tokens_of(u)]
+    others = [u for u in order[num_pinned:] if tokens_of(u)]
+    size = block_size // unit_size
+    blocks = [others[i : i + size] for i in range(0, len(others), size)]
+    if pinned:
+        blocks.insert(0, pinned)
+    return [torch.tensor([t for unit in block for t in tokens_of(unit)]) for block in blocks]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.float64)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The cache of one KV head of one sequence, as seen by the G query heads of its group."""
+
+    query: Tensor  # [G, D]
+    keys: Tensor  # [P, page_size, D]
+    values: Tensor  # [P, page_size, Dv]
+    page_ids: Tensor  # [max_pages]
+    seq_len: int
+    scale: float
+    softcap: float
+    sinks: Tensor | None  # [G]
+    slopes: Tensor | None  # [G]
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits `[G, n]` and values `[n, Dv]` of n tokens, given by index."""
+        page_size = self.keys.shape[1]
+        page, slot = self.page_ids[tokens // page_size], tokens % page_size
+        logits = self.scale * self.query @ _exact(self.keys[page, slot]).T
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.slopes is not None:
+            logits = logits + self.slopes[:, None] * (tokens - (self.seq_len - 1))
+        return logits, _exact(self.values[page, slot])
+
+
+def _attend(
+    head: _Head, blocks: list[Tensor], limits: Tensor | None
+) -> tuple[Tensor, Tensor, int, int, list[BlockChange]]:
+    """Read the blocks in order until the rule stops.
+
+    `limits` holds (d_scale, d_direction, patience), or is None to read everything. Returns out,
+    lse, tokens_read, stop_block and the trace.
+    """
+    group, value_dim = head.query.shape[0], head.values.shape[-1]
+    nothing = torch.full((group,), -math.inf, dtype=torch.float64)
+    lse = nothing
+    denominator = nothing if head.sinks is None else head.sinks  # log; sinks count from the start
+    output = torch.zeros(group, value_dim, dtype=torch.float64)
+    mean_norm = torch.zeros(group, dtype=torch.float64)  # like output, but of |v|
+    max_logit = torch.zeros(group, dtype=torch.float64)
+    tokens_read, patience_so_far, trace = 0, 0, []
+    for j, tokens in enumerate(blocks):
+        logits, values = head.read(tokens)
+        block_lse = logits.logsumexp(-1)
+        probs = (logits - block_lse[:, None]).exp()
+        block_mean, block_norm = probs @ values, probs @ values.norm(dim=-1)
+        lse = torch.logaddexp(lse, block_lse)
+        denominator = torch.logaddexp(denominator, block_lse)
+        weight = (block_lse - denominator).exp()
+        previous, previous_norm = output, mean_norm
+        output = previous + weight[:, None] * (block_mean - previous)
+        mean_norm = previous_norm + weight * (block_norm - previous_norm)
+        max_logit = torch.maximum(max_logit, logits.abs().amax(-1))
+        tokens_read += len(tokens)
+        if j == 0:
+            continue
+
+        d_scale, d_direction = output_change(previous, output)
+        spread = torch.maximum(previous_norm, block_norm) / previous.norm(dim=-1)
+        spread = spread.where(previous_norm != 0, 0.0)
+        trace.append(BlockChange(d_scale, d_direction, weight, spread, max_logit))
+        if limits is not None:
+            stable = (d_scale <= limits[0]) & (d_direction <= limits[1])
+            patience_so_far = patience_so_far + 1 if stable.all() else 0
+            if patience_so_far == limits[2]:
+                return output, lse, tokens_read, j, trace
+    return output, lse, tokens_read, -1, trace
+
+
+def output_change(previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (d_scale, d_direction), each `[G]`, between two outputs `[G, Dv]`.
+
+    This is what the stopping rule compares. Both are 0 when the outputs are equal, infinite when
+    only the previous one is zero, and 1 when only the current one is zero. The half squared
+    distance of the unit vectors is 1 - cos without its cancellation.
+    """
+    before, after = previous.norm(dim=-1), current.norm(dim=-1)
+    d_scale = (after - before).abs() / before
+    unit_before, unit_after = previous / before[:, None], current / after[:, None]
+    d_direction = (unit_after - unit_before).square().sum(-1) / 2
+    equal = (previous == current).all(-1)
+    d_direction = d_direction.where(before != 0, math.inf).where(after != 0, 1.0)
+    d_scale = d_scale.where(before != 0, math.inf)
+    return d_scale.where(~equal, 0.0), d_direction.where(~equal, 0.0)
+
+
+def decision_margin(
+    result: ReferenceResult, criterion: Stability | None, dtype: torch.dtype
+) -> Tensor:
+    """Tell for which heads rounding may have decided when to stop.
+
+    A kernel works in float32 (and, for half types, with rounded probabilities), so its d_scale and
+    d_direction lie in a band around those of float64. With eta = 2^-24 (1 + max |x|), plus 2^-9 for
+    bfloat16 or 2^-12 for float16, the output after a block is uncertain by delta = eta w r + 2^-50,
+    relative to |o_{j-1}|, and
+
+        d_scale      lies within  k delta,
+        d_direction  lies within  k (delta sqrt(2 d_direction) + delta^2
+                                     + eta d_direction + eta d_scale^2),
+
+    with k = 16 and x, w, r from `BlockChange`. (2^-50 stands for the rounding of float64 itself; it
+    only matters for thresholds near 0.) A decision is inside the margin when moving both changes of
+    every head of the group freely within their bands can turn a stable block into an unstable one
+    or back. So one head that is clearly unstable settles the block, whatever the other heads do.
+
+    Args:
+        result: what `decode_attention` returned.
+        criterion: the criterion it was called with.
+        dtype: dtype of the query and the caches.
+
+    Returns:
+        bool `[B, Hkv]`: True where any decision up to the stop is inside the margin. Where it is
+        False, every kernel stops at `result.stop_block`; where it is True either decision is right.
+    """
+    inside = torch.zeros(result.stop_block.shape, dtype=torch.bool)
+    limits = thresholds_of(criterion, inside.shape[1])
+    if limits is None:
+        return inside
+    for b, heads in enumerate(result.trace):
+        for h, changes in enumerate(heads):
+            inside[b, h] = any(_is_uncertain(change, limits[h], dtype) for change in changes)
+    return inside
+
+
+def _is_uncertain(change: BlockChange, limits: Tensor, dtype: torch.dtype) -> bool:
+    eta = 2.0**-24 * (1.0 + change.max_logit) + PROBABILITY_ROUNDING.get(dtype, 0.0)
+    scale, direction = change.d_scale, change.d_direction
+    delta = eta * change.weight * change.spread + 2.0**-50
+    scale_band = MARGIN * delta
+    direction_band = MARGIN * (
+        delta * (2.0 * direction).sqrt() + delta**2 + eta * direction + eta * scale**2
+    )
+    # Infinite as all values before the block are zero, or NaN: neither is a matter of rounding.
+    exact = ~scale.isfinite() & (change.spread == 0) | scale.isnan()
+    scale_band, direction_band = scale_band.where(~exact, 0.0), direction_band.where(~exact, 0.0)
+    stable = (scale + scale_band <= limits[0]) & (direction + direction_band <= limits[1])
+    unstable = (scale - scale_band > limits[0]) | (direction - direction_band > limits[1])
+    unstable |= scale.isnan()
+    return not bool(stable.all() | unstable.any())
+
+
+@torch.no_grad()
+def append_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write new tokens into the pages of a cache, in place.
+
+    Args:
+        key: `[T, Hkv, D]`.
+        value: `[T, Hkv, Dv]`.
+        key_cache: `[P, page_size, Hkv, D]`, the dtype of `key`.
+        value_cache: `[P, page_size, Hkv, Dv]`, the dtype of `value`.
+        slot_mapping: int64 `[T]`, or `[T, Hkv]` per head: `page * page_size + offset`; -1 skips the
+            token. A slot named twice is undefined.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape or a slot is out of range.
+    """
+    check_append_kv(key, value, key_cache, value_cache, slot_mapping)
+    page_size, num_kv_heads = key_cache.shape[1:3]
+    for h in range(num_kv_heads):
+        slots = slot_mapping if slot_mapping.ndim == 1 else slot_mapping[:, h]
+        kept = slots != -1
+        page, offset = slots[kept] // page_size, slots[kept] % page_size
+        key_cache[:, :, h][page, offset] = key[kept, h]
+        value_cache[:, :, h][page, offset] = value[kept, h]
