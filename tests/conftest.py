@@ -13,8 +13,11 @@ if torch.cuda.is_available():
 
 
 @pytest.fixture(params=DEVICES)
-def device(request):
+def device(request, monkeypatch):
     """Every device that has kernels."""
+    if request.param == "cuda":
+        # Indices on a GPU are only checked on request.
+        monkeypatch.setenv("ART_CHECKED", "1")
     return torch.device(request.param)
 
 

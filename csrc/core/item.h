@@ -22,8 +22,8 @@ struct Item {
 // Items are numbered batch * num_kv_heads + kv_head.
 ART_HD TokenRange visible_of(const DecodeParams& params, int32_t index) {
   const int32_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
-  const int32_t listed = params.seq_lens[batch * params.seq_lens_batch_stride +
-                                         head * params.seq_lens_head_stride];
+  const int32_t listed =
+      params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
   // Lengths on a device are not checked by the host; what the table cannot hold is not read.
   const int32_t capacity = params.max_pages * params.page_size;
   const int32_t len = listed < 0 ? 0 : (listed < capacity ? listed : capacity);

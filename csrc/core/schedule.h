@@ -67,6 +67,17 @@ ART_HD int64_t cpu_chunk_steps(int64_t num_items, int64_t total_steps, int64_t m
   return balanced > kMinSteps ? balanced : kMinSteps;
 }
 
+// Thread blocks that compute one item on a GPU. One while the items alone fill the device; below
+// that as many as fit beside each other, but no more than a wave of steps (one bit each in a mask)
+// and no more than there are steps to share.
+ART_HD int32_t cuda_crew(int64_t num_items, int64_t resident_blocks, int64_t max_steps,
+                         int32_t max_wave_steps) {
+  int64_t crew = resident_blocks / (num_items < 1 ? 1 : num_items);
+  if (crew > max_wave_steps) crew = max_wave_steps;
+  if (crew > max_steps) crew = max_steps;
+  return crew < 1 ? 1 : static_cast<int32_t>(crew);
+}
+
 // Waking another thread costs about 5 us, as much as three steps of 64 tokens and four heads.
 ART_HD int64_t cpu_workers(int64_t num_tasks, int64_t total_steps, int64_t num_threads) {
   constexpr int64_t kStepsPerWorker = 6;

@@ -1,8 +1,9 @@
 // Argument errors: what was expected, and what came.
 #pragma once
 
+#include <concepts>
+#include <cstdio>
 #include <cstdlib>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -19,11 +20,23 @@ using torch::stable::Tensor;
     if (!(condition)) ::art::fail_check(__VA_ARGS__); \
   } while (false)
 
+// No streams: they depend on the process's locale objects, of which there are two copies where the
+// compiler links libstdc++ statically, and formatting a number then crashes.
+inline std::string to_text(const char* text) { return text; }
+inline std::string to_text(const std::string& text) { return text; }
+inline std::string to_text(double number) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", number);
+  return text;
+}
+template <std::integral T>
+std::string to_text(T number) {
+  return std::to_string(number);
+}
+
 template <class... Parts>
 [[noreturn]] void fail_check(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error((to_text(parts) + ...));
 }
 
 // ART_CHECKED=1 asks for the checks that cost time; an operator's own argument goes before it.

@@ -219,6 +219,7 @@ void set_criterion(DecodeParams& params, const DecodeArguments& args) {
   params.d_scale = args.d_scale;
   params.d_direction = args.d_direction;
   params.patience = args.patience;
+  params.batch_invariant = args.batch_invariant;
   params.thresholds = float_data("thresholds", args.thresholds, "[num_kv_heads, 2]",
                                  {params.num_kv_heads, 2}, args);
 }

@@ -1,0 +1,13 @@
+// Writing new tokens into a paged cache on a GPU, without torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/params.h"
+
+namespace art::cuda {
+
+// Slots that are negative or beyond `num_pages` are skipped.
+cudaError_t launch_append(const AppendParams& params, int64_t num_pages, cudaStream_t stream);
+
+}  // namespace art::cuda
