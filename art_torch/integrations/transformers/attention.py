@@ -1,0 +1,324 @@
+"""The attention function of a patched model.
+
+A decode step (one query per row) goes to :func:`art_torch.decode_attention`; prefill, training and
+everything else the operator does not cover goes to the model's own exact attention.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from art_torch import ops
+from art_torch.integrations.transformers.exact import causal_mask, exact_attention
+from art_torch.integrations.transformers.layer import ARTLayer, layer_of
+from art_torch.integrations.transformers.masks import MaskInfo, info_of
+
+if TYPE_CHECKING:
+    from art_torch.criterion import Stability
+    from art_torch.stats import ReadStats
+
+__all__ = ["LayerSettings", "art_attention", "settings_of"]
+
+logger = logging.getLogger("art_torch")
+
+# What of the keyword arguments a model passes would change the result of a decode step.
+_NOT_COVERED = ("position_bias", "cache", "output_attentions")
+
+
+@dataclass
+class LayerSettings:
+    """How one attention module of a patched model decodes.
+
+    Attributes:
+        layer: Index of the layer.
+        criterion: When to stop; None reads everything.
+        options: Further arguments of :func:`art_torch.decode_attention` (walk, sizes).
+        stats: Where tokens read are counted.
+        eager_only: Whether exact attention must be eager although sdpa would do.
+        noted: Reasons of a fall-back to exact attention that were logged already; shared by the
+            layers of a model.
+        on_call: Called after each call of the operator with (layer, arguments, result).
+        single_pages: int32 ``[batch, 1]``, the page table of a dense cache.
+    """
+
+    layer: int
+    criterion: Stability | None
+    options: dict[str, Any]
+    stats: ReadStats
+    eager_only: bool
+    noted: set[str]
+    on_call: Callable[[int, dict[str, Any], ops.DecodeResult], None] | None = None
+    single_pages: Tensor | None = None
+
+
+def settings_of(module: nn.Module) -> LayerSettings | None:
+    """The settings :func:`art_torch.patch` gave to an attention module."""
+    return getattr(module, "_art_settings", None)
+
+
+def art_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a patched model; registered as "art" with ``AttentionInterface``.
+
+    Args:
+        module: The attention module, which carries its :class:`LayerSettings`.
+        query: ``[batch, num_q_heads, queries, head_dim]``.
+        key: ``[batch, num_kv_heads, keys, head_dim]``; with an ``ARTCache`` only the new ones.
+        value: ``[batch, num_kv_heads, keys, value_dim]``.
+        attention_mask: What :func:`art_mask` made, or a mask of the user's.
+        dropout: Probability, in training.
+        scaling: Factor on the logits, default ``head_dim ** -0.5``.
+        sliding_window: The layer's window; the mask has it as well.
+        softcap: ``c * tanh(logit / c)``.
+        s_aux: ``[num_q_heads]`` attention sinks.
+        **kwargs: For the model's own attention.
+
+    Returns:
+        ``[batch, queries, num_q_heads, value_dim]`` and, if asked for, the attention weights.
+    """
+    settings, layer, new = settings_of(module), layer_of(key), None
+    if layer is not None:
+        new, layer.pending = layer.pending, None
+        if new is not None:
+            key = new[0]  # without the mark, whose checks take time
+    logits = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    own = dict(kwargs, dropout=dropout, sliding_window=sliding_window, **logits)
+    reason = _why_exact(settings, module, query, key, value, kwargs)
+    if layer is None:
+        if settings is None or reason is not None:
+            _note(settings, reason)
+            eager_only = settings is not None and settings.eager_only
+            return exact_attention(module, query, key, value, attention_mask, own, eager_only)
+        return _decode_dense(module, settings, query, key, value, attention_mask, logits, own)
+
+    if settings is None:
+        raise RuntimeError(
+            "ARTCache works with a patched model only, and this model is not: use "
+            "`with art_torch.patch(model, criterion):` (criterion=None is exact)"
+        )
+    if torch.compiler.is_compiling():
+        _check_compilable(layer, reason, attention_mask)
+    elif reason is None and attention_mask is not None:
+        reason = _why_not_this_mask(info_of(attention_mask), layer)
+    if reason is not None:
+        _note(settings, reason)
+        return _exact_paged(module, settings, layer, query, new, attention_mask, own)
+    return _decode_paged(settings, layer, query, new, attention_mask, logits)
+
+
+def _why_exact(
+    settings: LayerSettings | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this is no decode step for the operator; "" for what needs no mention, None if it is."""
+    if query.shape[2] != 1:
+        return ""
+    if module.training:
+        return "the model is in training mode"
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        return "gradients are enabled (use torch.no_grad())"
+    if not query.dtype == key.dtype == value.dtype:
+        return "query, key and value differ in dtype"
+    for name in _NOT_COVERED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            return f"the model passes {name}"
+    return None
+
+
+def _why_not_this_mask(info: MaskInfo | None, layer: ARTLayer) -> str | None:
+    if info is None or not info.is_causal:
+        return "the attention mask is not a causal mask with padding"
+    if not info.agrees_with(layer.table.real_tokens(0, info.start)):
+        return "the attention mask hides tokens that are in the cache"
+    return None
+
+
+def _note(settings: LayerSettings | None, reason: str | None) -> None:
+    if not reason or settings is None or torch.compiler.is_compiling():
+        return
+    settings.stats.count_exact_fallback()
+    if reason not in settings.noted:
+        settings.noted.add(reason)
+        logger.warning("decode steps run with exact attention: %s", reason)
+
+
+def _check_compilable(layer: ARTLayer, reason: str | None, mask: Tensor | None) -> None:
+    if not layer.table.static_len:
+        raise RuntimeError(
+            "to compile a decode step, call cache.preallocate(max_length) after the prompt has run"
+        )
+    if reason is not None or mask is not None:
+        raise RuntimeError(
+            "a compiled step on a preallocated ARTCache takes one token per row, position_ids and "
+            "no attention mask (pads are not stored), under torch.no_grad() and in eval mode"
+        )
+
+
+# ---------------------------------------------------------------- decode steps
+
+
+def _decode_paged(
+    settings: LayerSettings,
+    layer: ARTLayer,
+    query: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    logits: dict[str, Any],
+) -> tuple[Tensor, None]:
+    info, table = info_of(mask), layer.table
+    if new is not None:  # None where layers share keys and another one has stored them
+        layer.append(*new, None if info is None else info.real_tokens())
+    window: int | None = table.window
+    starts = None
+    if info is not None:
+        window = info.window
+        if (first := info.window_starts()) is not None:
+            starts, window = torch.from_numpy(first).to(query.device, torch.int32), None
+    storage = layer.storage
+    assert storage is not None
+    result = _call(
+        settings,
+        logits,
+        query=query[:, :, 0],
+        key_cache=storage.key_cache,
+        value_cache=storage.value_cache,
+        block_table=table.block_table,
+        seq_lens=table.seq_lens,
+        sliding_window=window,
+        seq_starts=starts,
+    )
+    if table.static_len:
+        settings.stats.add_on_device(settings.layer, result.tokens_read, table.seq_lens, window)
+    else:
+        rows = None if info is None else info.real_tokens()
+        rows = None if rows is None else rows[:, 0]
+        settings.stats.add(settings.layer, result.tokens_read, table.visible_total(rows), rows)
+    return result.out.unsqueeze(1), None
+
+
+def _decode_dense(
+    module: nn.Module,
+    settings: LayerSettings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    logits: dict[str, Any],
+    own: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """A decode step on any other cache: its dense keys are one page per row."""
+    batch, _, tokens, _ = key.shape
+    info: MaskInfo | None = info_of(mask)
+    visible = None if info is None else info.dense_range(batch, key.device)
+    if (mask is not None and visible is None) or torch.compiler.is_compiling():
+        _note(settings, "the attention mask is not a causal mask with padding at the left")
+        return exact_attention(module, query, key, value, mask, own, settings.eager_only)
+    pages = settings.single_pages
+    if pages is None or pages.shape[0] != batch or pages.device != key.device:
+        pages = torch.arange(batch, dtype=torch.int32, device=key.device)[:, None]
+        settings.single_pages = pages
+    if visible is None:
+        everything = torch.full((batch,), tokens, dtype=torch.int32, device=key.device)
+        starts, ends, total = None, everything, batch * tokens
+    else:
+        starts, ends, total = visible
+    result = _call(
+        settings,
+        logits,
+        query=query[:, :, 0],
+        key_cache=key.transpose(1, 2),
+        value_cache=value.transpose(1, 2),
+        block_table=pages,
+        seq_lens=ends,
+        sliding_window=None,
+        seq_starts=starts,
+    )
+    settings.stats.add(settings.layer, result.tokens_read, total, None)
+    return result.out.unsqueeze(1), None
+
+
+def _call(settings: LayerSettings, logits: dict[str, Any], **arguments: Any) -> ops.DecodeResult:
+    if logits["softcap"]:
+        arguments["softcap"] = logits["softcap"]
+    if logits["s_aux"] is not None:
+        arguments["attn_sinks"] = logits["s_aux"]
+    arguments.update(settings.options, criterion=settings.criterion, scale=logits["scaling"])
+    result = ops.decode_attention(**arguments)
+    if settings.on_call is not None:
+        settings.on_call(settings.layer, arguments, result)
+    return result
+
+
+# ---------------------------------------------------------------- exact attention on pages
+
+
+def _exact_paged(
+    module: nn.Module,
+    settings: LayerSettings,
+    layer: ARTLayer,
+    query: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    own: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention over an ARTCache: earlier tokens are gathered from the pages."""
+    info, table = info_of(mask), layer.table
+    if new is None:  # another layer has stored these keys and lends them
+        assert layer.lent is not None
+        key, value = layer.lent
+        needs_hiding = table.has_pads
+    else:
+        key, value = new
+        if not torch.compiler.is_compiling():
+            settings.stats.prepare_on_device(settings.layer, key.shape[1], key.device)
+        past = layer.history()
+        layer.append(key, value, None if info is None else info.real_tokens())
+        if past is not None:
+            key = torch.cat([past[0], key], dim=2)
+            value = torch.cat([past[1], value], dim=2)
+        needs_hiding = table.has_pads and past is not None
+        if layer.lends:
+            layer.lent = key, value
+    if needs_hiding:
+        mask = _hide_pads(mask, layer, key.shape[2], query.shape[2])
+    return exact_attention(module, query, key, value, mask, own, settings.eager_only)
+
+
+def _hide_pads(mask: Tensor | None, layer: ARTLayer, keys: int, queries: int) -> Tensor:
+    """Pads of earlier passes were not stored: hide them, whatever the mask says of them."""
+    device, end = layer.table.device, layer.padded_len
+    real = layer.table.real_tokens(end - keys, end)
+    assert real is not None
+    if mask is None:
+        mask = causal_mask(queries, keys, layer.table.window, device)
+    stored = torch.from_numpy(real.copy()).to(device)
+    # A pad as query sees itself, or its softmax would have nothing to sum.
+    position = torch.arange(keys, device=device)
+    itself = position[None, :] == position[keys - queries :, None]
+    stored = stored[:, None, None, :] | itself
+    if mask.dtype == torch.bool:
+        return mask & stored
+    return mask.masked_fill(~stored, torch.finfo(mask.dtype).min)

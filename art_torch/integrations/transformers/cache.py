@@ -1,0 +1,230 @@
+"""``ARTCache``: the paged KV cache as a transformers ``Cache``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from art_torch.cache import PageTable
+from art_torch.integrations.transformers.layer import NOT_PATCHED, ARTLayer
+from art_torch.page_storage import MemoryBudget
+
+__all__ = ["ARTCache"]
+
+DEFAULT_PAGE_SIZE = 64
+
+# Stands for a layer that reads the keys of another one; 5.17 leaves such layers out instead.
+_DummyLayer: type | None = getattr(cache_utils, "DummyLayer", None)
+
+
+class ARTCache(Cache):
+    """A paged KV cache for models patched with :func:`art_torch.patch`.
+
+    New tokens are written in place, memory grows by whole pages without copying old ones, pad
+    tokens are never stored, and beams share their common pages until one of them writes. Layers
+    with a sliding window hand back the pages that left it.
+
+    Args:
+        config: The model's config (``model.config``).
+        page_size: Tokens a page, a multiple of 16. Default 64.
+        max_bytes: Memory limit for keys and values. Default: half of the device's memory.
+
+    Raises:
+        TypeError: ``config`` is not a model config.
+        ValueError: The page size does not fit, or the model has layers that are neither full nor
+            sliding-window attention.
+    """
+
+    layers: list[Any]
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        page_size: int | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be model.config, got {type(config).__name__}")
+        page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
+        if page_size < 16 or page_size % 16:
+            raise ValueError(f"page_size must be a positive multiple of 16, got {page_size}")
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        text_config = config.get_text_config(decoder=True)
+        windows = _layer_windows(text_config)
+        kinds = [window for window in windows if window != "dummy"]
+        self.budget = MemoryBudget(max_bytes)
+        self.tables = {
+            window: PageTable(page_size, window or None, self.budget, kinds.count(window))
+            for window in dict.fromkeys(kinds)
+        }
+        self.page_size = page_size
+        self._unused: ARTLayer | None = None
+        layers: list[Any] = []
+        lends = "dummy" in windows or bool(getattr(text_config, "num_kv_shared_layers", None))
+        led: set[Any] = set()
+        for window in windows:
+            if window == "dummy":
+                layers.append(_DummyLayer())  # type: ignore[misc]
+                continue
+            layers.append(ARTLayer(self.tables[window], window not in led, lends))
+            led.add(window)
+        super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values to the attention function of a patched model.
+
+        Args:
+            key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
+            value_states: ``[batch, num_kv_heads, tokens, value_dim]``.
+            layer_idx: Layer they belong to.
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            The new keys and values, not those of earlier tokens.
+
+        Raises:
+            RuntimeError: The attention before this one did not read the pages: the model is not
+                patched.
+        """
+        if self._unused is not None and self._unused.pending is not None:
+            raise RuntimeError(NOT_PATCHED)
+        self._unused = layer = self.layers[layer_idx]
+        return layer.update(key_states, value_states)  # type: ignore[no-any-return]
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the pages that hold tokens."""
+        return sum(
+            table.pages.pages_in_use * sum(each.page_bytes for each in table.pages.storages)
+            for table in self.tables.values()
+        )
+
+    def preallocate(self, max_length: int) -> None:
+        """Allocates pages ahead, so that a decode step needs no bookkeeping on the host.
+
+        Call it after the prompt has run. From then on lengths are tensors and a step of one token
+        per row can be compiled with ``torch.compile(fullgraph=True)``. Pass ``position_ids`` and no
+        attention mask: pads are not stored. Any other use (a longer pass, ``crop``, beams) goes
+        back to lengths on the host. Sliding windows give no pages back meanwhile.
+
+        Args:
+            max_length: Tokens a row may reach, pads not counted.
+
+        Raises:
+            CacheMemoryError: The memory limit does not allow it.
+            ValueError: The cache is empty, or longer already.
+        """
+        self._leave_static()
+        for table in self.tables.values():
+            table.preallocate(max_length)
+
+    def _leave_static(self) -> None:
+        for layer in self._paged():
+            if layer.table.static_len:
+                layer.table.leave_static()
+                for other in self._paged():
+                    if other.table is layer.table:
+                        other.padded_len = layer.table.padded_len
+
+    def _paged(self) -> list[ARTLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ARTLayer)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens of every row.
+
+        Args:
+            tokens_to_remove: Zero or negative; -3 removes three tokens per row, pads counted.
+
+        Raises:
+            ValueError: It is positive, or there are not that many tokens.
+            RuntimeError: A sliding window has dropped tokens that would be visible again.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # generate() passes a tensor
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
+            )
+        self._edit()
+        end = max(table.padded_len for table in self.tables.values()) + tokens_to_remove
+        for index, layer in enumerate(self.layers):
+            # Layers differ after an interrupted forward pass, which cropping can undo.
+            if isinstance(layer, ARTLayer) and layer.is_initialized and layer.padded_len < end:
+                raise RuntimeError(
+                    f"layer {index} has seen {layer.padded_len} tokens, too few to crop to {end}: "
+                    "a forward pass was interrupted; crop more tokens or reset() the cache"
+                )
+        for table in self.tables.values():
+            table.crop(table.padded_len - end)
+        for layer in self._paged():
+            layer.padded_len = min(layer.padded_len, end)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes the old row ``beam_idx[i]``, int64 ``[batch]``; pages are shared."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows ``indices``: int64 ``[n]`` or bool ``[batch]``."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row ``repeats`` times; pages are shared."""
+        for batch in {table.batch for table in self.tables.values()}:
+            self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        self._edit()
+        index = torch.as_tensor(rows).cpu().numpy()
+        for table in self.tables.values():
+            table.select_rows(np.arange(table.batch)[index])
+
+    def _edit(self) -> None:
+        self._leave_static()
+        self._unused = None
+        for layer in self._paged():
+            layer.pending = layer.lent = None
+
+    def reset(self) -> None:
+        """Empties the cache; its memory is kept for the next sequences."""
+        self._edit()
+        for table in self.tables.values():
+            table.reset()
+        for layer in self._paged():
+            layer.padded_len = 0
+
+
+def _layer_windows(config: PreTrainedConfig) -> list[Any]:
+    """Of each layer: the window, 0 for full attention, or "dummy" for one without a cache."""
+    per_layer = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    if any(getattr(part, "attention_chunk_size", None) is not None for part in per_layer):
+        raise ValueError(
+            f"{config.model_type}: chunked attention is not supported by ARTCache; use a "
+            "DynamicCache"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(
+            f"{config.model_type}: ARTCache does not hold the latent keys of MLA; use a "
+            "DynamicCache"
+        )
+    windows: list[Any] = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer:
+            windows.append(0)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            windows.append(layer.sliding_window)
+        elif type(layer) is _DummyLayer:
+            windows.append("dummy")
+        else:
+            raise ValueError(
+                f"{config.model_type}: ARTCache holds full and sliding-window attention, and layer "
+                f"{index} needs {type(layer).__name__}; use a DynamicCache"
+            )
+    return windows

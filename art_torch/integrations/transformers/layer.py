@@ -1,0 +1,218 @@
+"""One layer of an ``ARTCache``.
+
+``Cache.update`` does not see the attention mask, and pad tokens must not be stored. So ``update``
+hands over only the new keys and values, marked with their layer, and the attention function, which
+does see the mask, appends them (:meth:`ARTLayer.append`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from art_torch.cache import BoolArray, PageTable, Step
+from art_torch.ops import append_kv
+from art_torch.page_storage import PageStorage
+
+__all__ = ["NOT_PATCHED", "ARTLayer", "layer_of"]
+
+NOT_PATCHED = (
+    "ARTCache works with a patched model only, for its attention must read the pages: "
+    "use `with art_torch.patch(model, criterion):` (criterion=None is exact). If the model is "
+    "patched, either a forward pass was interrupted (crop() its tokens or reset() the cache) or "
+    "the model computes with cached keys before its attention (use a DynamicCache)."
+)
+
+
+class _NewKeys(Tensor):
+    """New keys on their way from ``update`` to the attention function of a patched model.
+
+    They are not all keys, so any other attention that computes with them would be wrong.
+    """
+
+    _art_layer: ARTLayer
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in _HARMLESS:
+            raise RuntimeError(NOT_PATCHED)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+# What tells of a tensor without reading it.
+_HARMLESS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "requires_grad", "grad_fn", "ndim", "is_cuda")
+) | {Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.__repr__}
+
+
+def layer_of(key: Tensor) -> ARTLayer | None:
+    """The layer whose ``update`` returned ``key``; None for keys of any other cache."""
+    return key._art_layer if isinstance(key, _NewKeys) else None
+
+
+class ARTLayer(CacheLayerMixin):
+    """One layer of an :class:`ARTCache`: its storage, and the page table of its kind of layer.
+
+    Args:
+        table: Shared by all layers with the same window.
+        leads: Whether this is the first layer of its table in a forward pass.
+        lends: Whether other layers may read the keys of this one.
+    """
+
+    is_croppable = True
+
+    def __init__(self, table: PageTable, leads: bool, lends: bool) -> None:
+        super().__init__()
+        self.table, self.leads, self.lends = table, leads, lends
+        self.lent: tuple[Tensor, Tensor] | None = None  # dense keys and values of the last pass
+        self.storage: PageStorage | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.padded_len = 0  # tokens this layer has seen; equals the table's between passes
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether the layer sees only a window."""
+        return self.table.window is not None
+
+    @property
+    def record_past(self) -> bool:
+        """Whether passes can be undone by ``crop`` although their tokens left the window."""
+        return self.table.record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.table.record_past = value
+
+    def activate_past_recording(self) -> None:
+        """Keeps tokens that leave the window until the next ``crop``."""
+        self.table.record_past = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserves the pages, for keys and values ``[batch, num_kv_heads, tokens, head_dim]``."""
+        table, heads = self.table, key_states.shape[1]
+        dims = key_states.shape[-1], value_states.shape[-1]
+        dtype, device = key_states.dtype, key_states.device
+        table.pages.device = device
+
+        def make(max_pages: int) -> PageStorage:
+            return PageStorage(heads, *dims, table.page_size, dtype, device, max_pages)
+
+        page_bytes = heads * sum(dims) * table.page_size * dtype.itemsize
+        self.storage = table.pages.add_storage(make, page_bytes)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Marks the new keys with this layer; the attention function stores them.
+
+        Args:
+            key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
+            value_states: ``[batch, num_kv_heads, tokens, value_dim]``.
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            The new keys and values only.
+        """
+        self.pending, self.lent = (key_states, value_states), None
+        marked = key_states.as_subclass(_NewKeys)
+        marked._art_layer = self
+        return marked, value_states
+
+    def append(self, key: Tensor, value: Tensor, real: BoolArray | None) -> None:
+        """Stores new tokens, leaving out pads.
+
+        Args:
+            key: ``[batch, num_kv_heads, tokens, head_dim]``.
+            value: ``[batch, num_kv_heads, tokens, value_dim]``.
+            real: bool ``[batch, tokens]``, False for a pad; None if there is none.
+
+        Raises:
+            CacheMemoryError: The memory limit does not allow it. Nothing is stored then.
+            RuntimeError: The layers have seen different numbers of tokens.
+        """
+        table = self.table
+        if table.static_len:
+            if self.leads:
+                table.advance()
+            slots = table.static_slots
+            assert slots is not None
+        else:
+            slots = self._join_step(key, value, real).slots
+        storage = self.storage
+        assert storage is not None
+        if key.requires_grad or value.requires_grad:
+            key, value = key.detach(), value.detach()
+        if key.shape[2] == 1:
+            key, value = key[:, :, 0], value[:, :, 0]
+        else:
+            key, value = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
+        if not key.dtype == value.dtype == storage.dtype:  # autocast
+            key, value = key.to(storage.dtype), value.to(storage.dtype)
+        append_kv(key, value, storage.key_cache, storage.value_cache, slots)
+
+    def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        table, tokens = self.table, key.shape[2]
+        step = table.step
+        if self.padded_len == table.padded_len:
+            step = table.begin_step(key.shape[0], tokens, real)
+        elif step is None or step.start != self.padded_len or step.tokens != tokens:
+            raise RuntimeError(
+                f"this layer has seen {self.padded_len} tokens and the cache holds "
+                f"{table.padded_len}: a forward pass was interrupted or skipped layers; "
+                "reset() the cache"
+            )
+        self.padded_len += tokens
+        return step
+
+    def history(self) -> tuple[Tensor, Tensor] | None:
+        """What the next pass may see of earlier tokens, dense, pads as zeros.
+
+        Returns:
+            Keys ``[batch, num_kv_heads, tokens, head_dim]`` and values of the same kind; None when
+            there is nothing.
+        """
+        end = self.padded_len
+        if end == 0 or self.storage is None:
+            return None
+        _, start = self.get_mask_sizes(0)
+        return self.storage.gather(self.table.history_slots(start, end))
+
+    def get_seq_length(self) -> int:
+        """Tokens per row as the model counts them, pads included (a tensor while preallocated)."""
+        if self.table.static_len:
+            return self.table.padded_tensor  # type: ignore[return-value]
+        return self.padded_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask has to cover."""
+        if self.table.static_len:
+            return self.table.static_len, 0
+        visible = self.padded_len
+        if self.table.window is not None:
+            visible = min(visible, self.table.window - 1)
+        return visible + query_length, self.padded_len - visible
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum but memory."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """-1, the older name of :meth:`get_max_length`."""
+        return -1
+
+    def _only_as_a_whole(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("layers of an ARTCache share pages: call this on the cache")
+
+    reset = crop = reorder_cache = offload = prefetch = _only_as_a_whole
+    batch_repeat_interleave = batch_select_indices = _only_as_a_whole

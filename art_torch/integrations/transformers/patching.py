@@ -1,0 +1,207 @@
+"""Switching a model's attention to :func:`art_attention`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from art_torch.criterion import Stability
+from art_torch.integrations.transformers.attention import (
+    LayerSettings,
+    art_attention,
+    settings_of,
+)
+from art_torch.integrations.transformers.masks import art_mask
+from art_torch.ops import DecodeResult
+from art_torch.stats import ReadStats
+
+__all__ = ["PatchHandle", "patch_model"]
+
+OnCall = Callable[[int, dict[str, Any], DecodeResult], None]
+
+
+class PatchHandle:
+    """A patched model. Leaving the ``with`` block, or :meth:`unpatch`, restores it.
+
+    Attributes:
+        model: The model.
+        stats: :class:`~art_torch.stats.ReadStats`, what its decode steps have read.
+        active: Whether the model is still patched.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: dict[nn.Module, LayerSettings]) -> None:
+        self.model = model
+        self.stats = next(iter(settings.values())).stats
+        self._modules = list(settings)
+        self._configs = _configs_of(self._modules)
+        for module, layer in settings.items():
+            module._art_settings = layer  # type: ignore[assignment]
+        for config in self._configs:
+            _SwitchedConfig.acquire(config)
+        self.active = True
+
+    def unpatch(self) -> None:
+        """Restores the model's own attention; a second call does nothing."""
+        if not self.active:
+            return
+        self.active = False
+        for module in self._modules:
+            del module._art_settings
+        for config in self._configs:
+            _SwitchedConfig.release(config)
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unpatch()
+
+
+class _SwitchedConfig:
+    """A config that says "art", and by how many patched models it is used.
+
+    Models may share a config object, and the last of them to be unpatched restores it.
+    """
+
+    by_id: dict[int, _SwitchedConfig] = {}  # noqa: RUF012
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.previous = config._attn_implementation
+        self.users = 0
+
+    @classmethod
+    def acquire(cls, config: PreTrainedConfig) -> None:
+        entry = cls.by_id.setdefault(id(config), cls(config))
+        entry.users += 1
+        # Not through the property, which would switch the encoders of a multimodal model as well.
+        config._attn_implementation_internal = "art"
+
+    @classmethod
+    def release(cls, config: PreTrainedConfig) -> None:
+        entry = cls.by_id[id(config)]
+        entry.users -= 1
+        if entry.users == 0:
+            del cls.by_id[id(config)]
+            config._attn_implementation_internal = entry.previous
+
+    @classmethod
+    def original(cls, config: PreTrainedConfig) -> str | None:
+        entry = cls.by_id.get(id(config))
+        previous: str | None = config._attn_implementation if entry is None else entry.previous
+        return previous
+
+
+def patch_model(
+    model: PreTrainedModel,
+    criterion: Stability | None,
+    options: dict[str, Any],
+    skip_layers: Iterable[int],
+    per_layer: Mapping[int, Stability | None],
+    on_call: OnCall | None,
+) -> PatchHandle:
+    """Patches a model; :func:`art_torch.patch` documents the arguments."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    modules = _attention_modules(model)
+    _check_patchable(model, modules)
+    layers = sorted({_layer_index(module) for module in modules})
+    skipped, overrides = set(skip_layers), dict(per_layer)
+    for name, given in (("skip_layers", skipped), ("per_layer", set(overrides))):
+        unknown = sorted(given - set(layers))
+        if unknown:
+            raise ValueError(
+                f"{name} must name layers {layers[0]} to {layers[-1]} of the model, got {unknown}"
+            )
+    if both := sorted(skipped & set(overrides)):
+        raise ValueError(f"layers {both} are in skip_layers and in per_layer")
+    stats, noted = ReadStats(), set[str]()
+    settings = {}
+    for module in modules:
+        layer = _layer_index(module)
+        settings[module] = LayerSettings(
+            layer=layer,
+            criterion=None if layer in skipped else overrides.get(layer, criterion),
+            options=options,
+            stats=stats,
+            eager_only=_uses_eager(model, module),
+            noted=noted,
+            on_call=on_call,
+        )
+    AttentionInterface.register("art", art_attention)
+    AttentionMaskInterface.register("art", art_mask)
+    return PatchHandle(model, settings)
+
+
+def _layer_index(module: nn.Module) -> int:
+    return module.layer_idx  # type: ignore[return-value]
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that call the attention interface of a decoder."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and "Attention" in type(module).__name__
+        and isinstance(getattr(module, "config", None), PreTrainedConfig)
+        and getattr(module, "is_causal", True)
+    ]
+
+
+def _configs_of(modules: list[nn.Module]) -> list[PreTrainedConfig]:
+    return list({id(module.config): module.config for module in modules}.values())
+
+
+def _uses_eager(model: PreTrainedModel, module: nn.Module) -> bool:
+    original = _SwitchedConfig.original(module.config)
+    return original == "eager" or (not model._supports_sdpa and original != "sdpa")
+
+
+def _check_patchable(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    name = type(model).__name__
+    if any(settings_of(module) is not None for module in modules):
+        raise RuntimeError(
+            f"this {name} is patched already: unpatch() the first handle before patching again"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} cannot be patched: it is an encoder-decoder model")
+    owners = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in owners:
+        if not part._can_set_attn_implementation():
+            raise ValueError(
+                f"{name} cannot be patched: the source of {type(part).__name__} does not use "
+                "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), or is not available"
+            )
+    if not modules:
+        raise ValueError(
+            f"{name} cannot be patched: none of its modules is a causal attention with a layer_idx"
+        )
+    for module in modules:
+        for label, dim in _head_dims(module).items():
+            if not (32 <= dim <= 256 and dim % 8 == 0):
+                raise ValueError(
+                    f"{name} cannot be patched: {type(module).__name__} has {label} {dim}, and "
+                    "art_torch needs a multiple of 8 from 32 to 256"
+                )
+
+
+def _head_dims(module: nn.Module) -> dict[str, int]:
+    """Sizes of keys and values, as far as the module tells them."""
+    names = ("qk_head_dim",) if hasattr(module, "qk_head_dim") else ("head_dim",)
+    found = {name: getattr(module, name, None) for name in (*names, "v_head_dim")}
+    return {name: dim for name, dim in found.items() if isinstance(dim, int)}

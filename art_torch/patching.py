@@ -1,0 +1,98 @@
+"""``art_torch.patch``: HuggingFace models that decode with run-time termination."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from art_torch.criterion import Stability
+from art_torch.ops import DecodeResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from art_torch.integrations.transformers.patching import PatchHandle
+
+__all__ = ["patch"]
+
+logger = logging.getLogger("art_torch")
+
+# What stopping early loses in this order: the design of the walk decides it, not the thresholds.
+WALKS = {
+    "oldest_first": "recent tokens may never be read, which costs most quality (the paper's order)",
+    "recent_first": "facts far back may be missed, and the sink tokens at the start are read last",
+    "sink_recent": "facts far back may be missed: only the first and the newest tokens are certain",
+}
+
+
+def patch(
+    model: PreTrainedModel,
+    criterion: Stability | None,
+    walk: str = "sink_recent",
+    *,
+    skip_layers: Iterable[int] = (),
+    per_layer: Mapping[int, Stability | None] | None = None,
+    num_pinned: int | None = None,
+    block_size: int = 64,
+    unit_size: int = 16,
+    on_call: Callable[[int, dict[str, Any], DecodeResult], None] | None = None,
+) -> PatchHandle:
+    """Lets a HuggingFace model stop reading its KV cache once the attention output has settled.
+
+    Only decode steps change (one new token per sequence); prefill, speculative verification,
+    training and ``output_attentions`` use the model's own exact attention. Settings belong to this
+    model alone. Use it as a context manager, or keep the handle and call ``unpatch()``::
+
+        cache = art_torch.ARTCache(model.config)
+        with art_torch.patch(model, art_torch.Stability()) as handle:
+            model.generate(**inputs, past_key_values=cache)
+        handle.stats.summary()
+
+    An :class:`~art_torch.ARTCache` is fastest; any other cache works too.
+
+    Args:
+        model: A causal language model of transformers.
+        criterion: When to stop; None for exact attention by the same operator.
+        walk: Order of reading: ``"sink_recent"``, ``"recent_first"`` or ``"oldest_first"``.
+        skip_layers: Layers that stay exact.
+        per_layer: Other criteria for some layers (None is exact).
+        num_pinned: Units read before anything is decided; see :func:`art_torch.decode_attention`.
+        block_size: Tokens between two decisions.
+        unit_size: Tokens a unit of the walk.
+        on_call: Called after every call of the operator with the layer, its arguments and its
+            result, for recording.
+
+    Returns:
+        The handle: a context manager with ``stats``, ``active`` and ``unpatch()``.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: The model cannot be patched (the message says why), or a layer or a size does
+            not fit.
+        RuntimeError: The model is patched already.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    others = dict(per_layer or {})
+    given = {"criterion": criterion, **{f"per_layer[{i}]": other for i, other in others.items()}}
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Stability):
+            raise TypeError(f"{name} must be a Stability or None, got {type(value).__name__}")
+    if walk not in WALKS:
+        raise ValueError(f"walk must be one of {', '.join(WALKS)}, got {walk!r}")
+    if unit_size < 1 or block_size < unit_size or block_size % unit_size:
+        raise ValueError(
+            f"block_size must be a positive multiple of unit_size, got {block_size} and {unit_size}"
+        )
+    if num_pinned is not None and num_pinned < 0:
+        raise ValueError(f"num_pinned must not be negative, got {num_pinned}")
+
+    from art_torch.integrations.transformers import patch_model
+
+    options = {"walk": walk, "block_size": block_size, "unit_size": unit_size}
+    if num_pinned is not None:
+        options["num_pinned"] = num_pinned
+    handle = patch_model(model, criterion, options, skip_layers, others, on_call)
+    if criterion is not None or any(value is not None for value in others.values()):
+        logger.warning("walk %r with a stopping rule: %s", walk, WALKS[walk])
+    return handle

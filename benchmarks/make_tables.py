@@ -1,0 +1,157 @@
+"""Fills the tables of README.md from the result files, so that no figure is ever typed.
+
+    python benchmarks/make_tables.py            # rewrites README.md
+    python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
+
+A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
+``memory`` or ``walks``, of every device with a file ``results/NAME-<device>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+SECTION = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+OTHER_PAGE_SIZE = re.compile(r"_p(?!64\b|64_)")  # than ARTCache's default: in the file only
+MIB = 1 << 20
+
+
+def markdown(header: list[str], rows: list[list[str]], *, left: int = 1) -> str:
+    """A table; the first ``left`` columns are text, the rest numbers."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def conditions(results: Results) -> str:
+    """What was measured where, as the line above a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts = [results["device"], f"{results['cores']} cores"]
+    parts += [results[key] for key in ("simd", "driver") if results.get(key)]
+    parts += [versions, f"commit {results['commit']}"]
+    return "; ".join(parts)
+
+
+def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["impl"]] = row
+    return cases
+
+
+def decode_table(results: Results) -> str:
+    header = ["case", "art_dense ms", "art_never", "art_half", "sdpa_packed ms", "speed-up"]
+    rows = []
+    for case, impls in by_case(results["rows"]).items():
+        if OTHER_PAGE_SIZE.search(case):
+            continue
+        us = {name: row["us_min"] for name, row in impls.items()}
+        dense = us["art_dense"]
+        rows.append(
+            [
+                f"`{case}`",
+                f"{dense / 1e3:.2f}",
+                f"{us['art_never'] / dense - 1:+.1%}",
+                f"x {us['art_half'] / dense:.2f}",
+                f"{us['sdpa_packed'] / 1e3:.2f}",
+                f"{us['sdpa_packed'] / dense:.2f} x",
+            ]
+        )
+    text = "Minima of interleaved runs, caches flushed"
+    ceiling = f"a plain read reaches {results['ceiling_gbps']:.1f} GB/s"
+    return f"{text}; {ceiling}. {conditions(results)}.\n\n{markdown(header, rows)}"
+
+
+def memory_table(results: Results) -> str:
+    names = {"dynamic": "`DynamicCache`, sdpa", "art": "`ARTCache`, exact"}
+    header = ["case", "cache", "KV MiB", "peak MiB", "peak while decoding MiB", "ms a token"]
+    rows = [
+        [
+            f"`{row['case']}`",
+            names[row["impl"]],
+            f"{row['kv_bytes'] / MIB:,.0f}",
+            f"{row['peak_bytes'] / MIB:,.0f}",
+            f"{row['peak_decode_bytes'] / MIB:,.0f}",
+            f"{row['us_min'] / 1e3:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    return f"{results['model']}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
+
+
+def divergence(value: float) -> str:
+    """A KL divergence; rounding of float32 logits alone gives 1e-12 to 1e-10."""
+    return "0" if value < 1e-9 else f"{value:.2g}"
+
+
+def walks_table(results: Results) -> str:
+    cases = list(dict.fromkeys(row["case"] for row in results["rows"]))
+    header = ["walk (d_scale, d_direction, patience)"]
+    for case in cases:
+        header += [f"{case}: read", "KL", "found"]
+    impls: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        cells = impls.setdefault(row["impl"], [f"`{row['impl']}`"])
+        found = f"{row['found']} of {row['needles']}"
+        cells += [f"{row['read']:.0%}", divergence(row["kl"]), found]
+    head = f"{results['model']}; text: `{results['text']}`. {conditions(results)}."
+    return f"{head}\n\n{markdown(header, list(impls.values()))}"
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "decode": decode_table,
+    "memory": memory_table,
+    "walks": walks_table,
+}
+
+
+def fill(text: str, results_folder: Path) -> str:
+    """``text`` with every generated section renewed.
+
+    Raises:
+        ValueError: A section names no known table, or is not closed.
+        FileNotFoundError: There are no results for a section.
+    """
+    opened, closed = text.count("<!-- table:"), len(SECTION.findall(text))
+    if opened != closed:
+        raise ValueError(f"{opened} sections <!-- table:... --> are opened and {closed} are closed")
+
+    def section(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
+        files = sorted(results_folder.glob(f"{name}-*.json"))
+        if not files:
+            raise FileNotFoundError(
+                f"no {name}-*.json in {results_folder}: run benchmarks/bench_{name}.py"
+            )
+        tables = [TABLES[name](json.loads(file.read_text())) for file in files]
+        return match[1] + "\n".join(tables) + match[4]
+
+    return SECTION.sub(section, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fill the tables of the README from the results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    arguments = parser.parse_args()
+    text = arguments.readme.read_text(encoding="utf-8")
+    filled = fill(text, arguments.results)
+    if arguments.check and filled != text:
+        raise SystemExit(f"{arguments.readme}: tables differ from the results; run make_tables.py")
+    if not arguments.check:
+        arguments.readme.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
