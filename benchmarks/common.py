@@ -153,6 +153,26 @@ def load_smollm2() -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+class Bystanders:
+    """How many cores other processes, and other virtual machines, kept busy since it was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        user, nice, system, _, _, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split()[1:9]
+        )
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time(), time.perf_counter()
+
+    def cores(self) -> float:
+        """Average number of cores."""
+        others, now = self._now()
+        return max(0.0, (others - self._start[0]) / (now - self._start[1]))
+
+
 class Timings:
     """Wall times of several implementations that took turns, in microseconds."""
 

@@ -186,10 +186,10 @@ def result_table(rows: list[dict], tokenizer, runs: list[Run]) -> Table:
         value = row.get(key)
         return "" if value is None or math.isnan(value) else form.format(value)
 
-    table = Table(caption="KL: along the exact text, mean and largest, in nats", box=SIMPLE)
-    table.add_column("")
-    for title in ("KV read", "ms/token", "first differing token", "KL", "max"):
-        table.add_column(title, justify="right")
+    table = Table(caption="KL: along the exact text, mean and largest, nats per token", box=SIMPLE)
+    table.add_column("", no_wrap=True)
+    for title in ("KV read", "ms/token", "first difference", "KL", "max"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row, run in zip(rows, runs, strict=True):
         table.add_row(
             row["lane"],
@@ -207,7 +207,8 @@ def main() -> None:
     logging.disable_progress_bar()
     console = Console()
     folder = arguments.model or models.smollm2()
-    with console.status(f"Loading {Path(folder).name}"):
+    name = arguments.model or "SmolLM2-135M-Instruct"
+    with console.status(f"Loading {name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
@@ -221,7 +222,7 @@ def main() -> None:
 
     criterion = Stability(arguments.d_scale, arguments.d_direction, arguments.patience)
     console.print(
-        f"[bold]{Path(folder).name}[/], {arguments.dtype}, {torch.get_num_threads()} threads, "
+        f"[bold]{name}[/], {arguments.dtype}, {torch.get_num_threads()} threads, "
         f"a document of {ids.shape[1] + 1:,} tokens\n"
         f"{criterion}, walk {arguments.walk}\n"
     )

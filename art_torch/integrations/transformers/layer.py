@@ -39,10 +39,13 @@ class _NewKeys(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in _HARMLESS:
-            raise RuntimeError(NOT_PATCHED)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            if func in _HARMLESS:
+                return func(*args, **(kwargs or {}))
+            # Models that share keys between layers make sure that they are on the right device.
+            if func is Tensor.to and (same := func(*args, **(kwargs or {}))) is args[0]:
+                return same
+        raise RuntimeError(NOT_PATCHED)
 
 
 # What tells of a tensor without reading it.
