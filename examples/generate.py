@@ -169,7 +169,7 @@ def run_task(setting: Setting, task: Task, console: Console) -> dict:
                 kl = kl_divergence(exact.logits, forced.logits)
                 row["kl_mean"], row["kl_max"] = float(kl.mean()), float(kl.max())
             rows.append(row)
-    console.print(result_table(rows, setting.tokenizer, runs))
+    console.print(result_table(rows, setting.tokenizer, runs), "")
     console.print(f"Heat map, layers x KV heads: [cyan]{picture}[/]\n")
     return {"task": task.key, "title": task.title, "lanes": rows}
 
@@ -186,7 +186,8 @@ def result_table(rows: list[dict], tokenizer, runs: list[Run]) -> Table:
         value = row.get(key)
         return "" if value is None or math.isnan(value) else form.format(value)
 
-    table = Table(caption="KL: along the exact text, mean and largest, nats per token", box=SIMPLE)
+    note = "KL: along the exact text, mean and largest, nats per token"
+    table = Table(caption=note, caption_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True)
     for title in ("KV read", "ms/token", "first difference", "KL", "max"):
         table.add_column(title, justify="right", no_wrap=True)

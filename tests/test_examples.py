@@ -32,7 +32,7 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_demo_prints_both_texts_and_measures_them(tmp_path):
     document = tmp_path / "document.txt"
     document.write_text("\n\n".join(DOCUMENT.read_text().split("\n\n")[:6]))
-    settings = ("--document", str(document), "--max-new-tokens", "6", "--patience", "1")
+    settings = ("--document", str(document), "--max-new-tokens", "3", "--patience", "1")
     done = run_demo(*settings, "--question", "Who hacked the game?", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
