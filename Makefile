@@ -11,6 +11,8 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_BENCH_ARGS ?=
+GPU_TEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
@@ -26,12 +28,13 @@ BASE := $(VENV)/.base
 BUILT := $(VENV)/.built
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
+PEERS := $(VENV)/.peers
 
-.PHONY: help build demo test lint bench wheel clean
+.PHONY: help build demo test lint bench gpu-bench gpu-test gpu-sanitize wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: $(BUILT) ## Compile what changed and install the package into $(VENV), editable
 
@@ -52,6 +55,19 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 	$(PY) benchmarks/bench_memory.py
 	$(PY) benchmarks/bench_walks.py
 	$(PY) benchmarks/make_tables.py
+
+gpu-bench: $(PEERS) ## Measure the CUDA operator beside its peers, renew README.md (GPU_BENCH_ARGS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/bench_gpu.py $(GPU_BENCH_ARGS)
+	$(PY) benchmarks/make_tables.py
+
+# No environment is set up for these two: where there is none, PYTHON has what they need.
+GPU_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
+gpu-test: ## Build for the GPU of this machine, test on it, write benchmarks/results (GPU_TEST_ARGS)
+	@$(GPU_PY) tools/gpu_test.py $(GPU_TEST_ARGS)
+
+gpu-sanitize: ## The same with compute-sanitizer on a reduced table (GPU_TEST_ARGS="--tools memcheck")
+	@$(GPU_PY) tools/gpu_test.py --sanitize $(GPU_TEST_ARGS)
 
 wheel: $(DEV) ## Build a wheel into dist/
 	$(PY) -m build --wheel --no-isolation
@@ -86,4 +102,10 @@ $(DEMO): $(BUILT)
 $(DEV): $(DEMO)
 	@[ $@ -nt pyproject.toml ] || \
 	{ echo "Installing what the tests need (a minute)"; $(PIP) $(QUIET) 'art_torch[dev]'; }
+	@touch $@
+
+# FlashInfer compiles its kernels on first use, with ninja.
+$(PEERS): $(DEV)
+	@[ -e $@ ] || \
+	{ echo "Installing FlashInfer (minutes)"; $(PIP) $(QUIET) 'flashinfer-python>=0.7' ninja; }
 	@touch $@

@@ -4,7 +4,8 @@
     python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
 
 A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
-``memory`` or ``walks``, of every device with a file ``results/NAME-<device>.json``.
+``memory``, ``walks`` or ``gpu``, of every device with a file ``results/NAME-<device>.json``. Only
+``gpu`` may have none: then the section is empty.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT
+from gpu_report import COLUMNS, EXPLANATION, cases_of, cells, verdicts
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -34,8 +36,10 @@ def markdown(header: list[str], rows: list[list[str]], *, left: int = 1) -> str:
 def conditions(results: Results) -> str:
     """What was measured where, as the line above a table."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    parts = [results["device"], f"{results['cores']} cores"]
-    parts += [results[key] for key in ("simd", "driver") if results.get(key)]
+    parts = [results["device"]]
+    parts += [f"{results['cores']} cores"] if "cores" in results else []
+    parts += [results["simd"]] if results.get("simd") else []
+    parts += [f"driver {results['driver']}"] if results.get("driver") else []
     parts += [versions, f"commit {results['commit']}"]
     return "; ".join(parts)
 
@@ -106,11 +110,30 @@ def walks_table(results: Results) -> str:
     return f"{head}\n\n{markdown(header, list(impls.values()))}"
 
 
+def gpu_table(results: Results) -> str:
+    goals = [
+        [verdict.title, verdict.at, f"{verdict.value:.3f}", verdict.bound, verdict.text]
+        for verdict in verdicts(results["rows"])
+    ]
+    points = [
+        [f"`{name}`", *texts] for name, *texts in map(cells, cases_of(results["rows"]).values())
+    ]
+    ceiling = results["ceiling_gbps"]
+    head = f"A plain read reaches {ceiling:,.0f} GB/s. " if ceiling else ""
+    return (
+        f"{head}{conditions(results)}.\n\n"
+        f"{markdown(['ratio', 'worst at', 'value', 'goal', ''], goals, left=2)}\n"
+        f"{EXPLANATION}\n\n{markdown(list(COLUMNS), points)}"
+    )
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "decode": decode_table,
     "memory": memory_table,
     "walks": walks_table,
+    "gpu": gpu_table,
 }
+OPTIONAL = {"gpu"}
 
 
 def fill(text: str, results_folder: Path) -> str:
@@ -129,7 +152,7 @@ def fill(text: str, results_folder: Path) -> str:
         if name not in TABLES:
             raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
         files = sorted(results_folder.glob(f"{name}-*.json"))
-        if not files:
+        if not files and name not in OPTIONAL:
             raise FileNotFoundError(
                 f"no {name}-*.json in {results_folder}: run benchmarks/bench_{name}.py"
             )

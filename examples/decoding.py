@@ -122,6 +122,8 @@ def replay(lane: Lane, prompt: Tensor, tokens: Sequence[int], on_token: Callable
 def _timed_feed(lane: Lane, run: Run) -> Tensor:
     start = time.perf_counter()
     logits = lane.feed(torch.tensor([[run.tokens[-1]]], device=lane.model.device))
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)  # the call only starts the work
     run.seconds.append(time.perf_counter() - start)
     return logits
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,25 @@ QUESTION = "When did the Bergen Linux User's Group demonstrate carrier pigeon IP
 ACKNOWLEDGEMENT = "Thank you for the text. What would you like to know about it?"
 
 
+def device_of(name: str) -> torch.device:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {name}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"there is no {name}, torch {torch.__version__} finds {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--model", help="folder or hub id; SmolLM2-135M-Instruct if left out")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device_of, default=default, help="cpu, cuda or cuda:1")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     add("--document", type=Path, default=DATA / "hacker_folklore.txt", help="text file")
     add("--question", default=QUESTION)
@@ -83,7 +97,9 @@ class Setting:
     out: Path
 
 
-def build_prompts(tokenizer, document: str, question: str) -> tuple[torch.Tensor, list[Task]]:
+def build_prompts(
+    tokenizer, document: str, question: str, device: torch.device
+) -> tuple[torch.Tensor, list[Task]]:
     """Splits the conversation into the part to prefill, int64 ``[1, T]``, and the two tasks."""
     if tokenizer.chat_template:
         roles = ("user", document), ("assistant", ACKNOWLEDGEMENT), ("user", question)
@@ -96,7 +112,7 @@ def build_prompts(tokenizer, document: str, question: str) -> tuple[torch.Tensor
 
     def encode(part: str, add_special_tokens: bool) -> torch.Tensor:
         ids = tokenizer(part, add_special_tokens=add_special_tokens, return_tensors="pt")
-        return ids["input_ids"]
+        return ids["input_ids"].to(device)
 
     ids, rest = encode(before, special), encode(after, False)
     last = ids[:, -1:]
@@ -203,6 +219,12 @@ def result_table(rows: list[dict], tokenizer, runs: list[Run]) -> Table:
     return table
 
 
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads"
+
+
 def main() -> None:
     arguments = parse_arguments()
     logging.disable_progress_bar()
@@ -213,9 +235,10 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
-        ).eval()
+        )
+        model = model.to(arguments.device).eval()
     document = arguments.document.read_text(encoding="utf-8").strip()
-    ids, tasks = build_prompts(tokenizer, document, arguments.question)
+    ids, tasks = build_prompts(tokenizer, document, arguments.question, arguments.device)
     room = model.config.get_text_config().max_position_embeddings
     needed = max(ids.shape[1] + task.prompt.shape[1] for task in tasks) + arguments.max_new_tokens
     if not document or needed > room:
@@ -223,7 +246,7 @@ def main() -> None:
 
     criterion = Stability(arguments.d_scale, arguments.d_direction, arguments.patience)
     console.print(
-        f"[bold]{name}[/], {arguments.dtype}, {torch.get_num_threads()} threads, "
+        f"[bold]{name}[/], {arguments.dtype}, {describe(arguments.device)}, "
         f"a document of {ids.shape[1] + 1:,} tokens\n"
         f"{criterion}, walk {arguments.walk}\n"
     )

@@ -1,10 +1,12 @@
 """Fixtures of the operator tests."""
 
+import faulthandler
+
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
-REPORT = pytest.StashKey[list]()
-
+HANG_SECONDS = 300
 
 # On a machine with a GPU every operator test runs on both; without one there is nothing to skip.
 DEVICES = ["cpu"]
@@ -16,9 +18,19 @@ if torch.cuda.is_available():
 def device(request, monkeypatch):
     """Every device that has kernels."""
     if request.param == "cuda":
+        request.getfixturevalue("no_hang")
         # Indices on a GPU are only checked on request.
         monkeypatch.setenv("ART_CHECKED", "1")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def no_hang(request):
+    """End the process when a GPU does not answer: nothing inside Python can."""
+    stderr = request.config.stash[fault_handler_stderr_fd_key]  # the one that is not captured
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
@@ -33,13 +45,25 @@ def one_thread():
 @pytest.fixture
 def report(request):
     """Add a line to what pytest prints at the end."""
-    lines = request.config.stash.setdefault(REPORT, [])
-    return lines.append
+
+    def add(line):
+        # A property of the test, for these also arrive from the processes of pytest-xdist.
+        request.node.user_properties.append(("figure", line))
+
+    return add
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """Print figures that tests bound but that are worth seeing."""
-    for i, line in enumerate(config.stash.get(REPORT, [])):
-        if i == 0:
-            terminalreporter.section("figures")
-        terminalreporter.write_line(line)
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    figures = [
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "figure"
+    ]
+    if figures:
+        terminalreporter.section("figures")
+    for figure in figures:
+        terminalreporter.write_line(figure)

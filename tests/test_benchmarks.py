@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -27,12 +28,55 @@ DECODE = {
 }
 
 
+def gpu_row(case, impl, us, note="", num_bytes=1000):
+    times = {"us": us, "us_min": us and us - 1, "us_max": us and us + 1}
+    return {"case": case, "impl": impl, **times, "bytes": num_bytes, "note": note}
+
+
+LARGE = "B8_S8192_H32/8_D128_bf16_p16"
+RAGGED = "B32_S32768_H32/8_D128_bf16_p16_ragged"
+GPU = {
+    "device": "A GPU",
+    "driver": "580.0",
+    "versions": {"torch": "2.11.0"},
+    "commit": "abc",
+    "ceiling_gbps": 4000.0,
+    "rows": [
+        gpu_row(LARGE, "read", 195.0),
+        gpu_row(LARGE, "art_dense", 200.0, "max error 2.0e-03"),
+        gpu_row(LARGE, "art_never", 202.0, "max error 2.0e-03"),
+        gpu_row(LARGE, "art_half", 120.0, "reads 50.0%, max error 2.0e-03", 500),
+        gpu_row(LARGE, "flashinfer_fa2", 210.0),
+        gpu_row(LARGE, "flashinfer_xqa", None, "ValueError: no"),
+        gpu_row(RAGGED, "art_dense", 90.0, "WRONG: max error 5.0e-01"),
+        gpu_row(RAGGED, "flashinfer_fa2", 100.0),
+        gpu_row(RAGGED, "flashinfer_xqa", 95.0),
+    ],
+}
+
+
 @pytest.fixture
 def make_tables(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import make_tables
 
     return make_tables
+
+
+@pytest.fixture
+def gpu_points(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_points
+
+    return gpu_points
+
+
+@pytest.fixture
+def gpu_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_report
+
+    return gpu_report
 
 
 @pytest.fixture
@@ -106,3 +150,110 @@ def test_bench_decode_runs(tmp_path):
         assert 2 * rows["art_half"]["bytes"] == rows["art_dense"]["bytes"]
         for row in rows.values():
             assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
+
+
+def test_gpu_section_may_lack_results(make_tables, results):
+    text = "a\n<!-- table:gpu -->\nold figures\n<!-- /table -->\nb\n"
+    assert make_tables.fill(text, results) == "a\n<!-- table:gpu -->\n<!-- /table -->\nb\n"
+    (results / "gpu-a-gpu.json").write_text(json.dumps(GPU))
+    filled = make_tables.fill(text, results)
+    assert (
+        "A plain read reaches 4,000 GB/s. A GPU; driver 580.0; torch 2.11.0; commit abc." in filled
+    )
+    assert f"| `{LARGE}` | 200.0 | 210.0 fa2 | 0.952 | +1.0% | 1.20 | - | - | 98% | - |" in filled
+    assert f"| `{RAGGED}` | 90.0 | 95.0 xqa | 0.947 | - |" in filled
+    assert make_tables.fill(filled, results) == filled
+
+
+def test_gpu_goals(gpu_report):
+    verdicts = {verdict.title: verdict for verdict in gpu_report.verdicts(GPU["rows"])}
+    mean = verdicts["dense / FlashInfer, mean"]
+    assert mean.value == pytest.approx(200 / 210)
+    assert mean.text == "met at all 1"
+    ragged = verdicts["ragged: dense / FlashInfer"]
+    assert (ragged.at, ragged.missed, ragged.of) == (RAGGED, 1, 1)
+    assert verdicts["half / (dense x fraction)"].value == pytest.approx(1.2)
+    assert verdicts["B > 1, from 100 us: of plain read"].missed == 0
+    assert "uneven / (dense x fraction)" not in verdicts
+    assert gpu_report.problems(GPU["rows"]) == [
+        f"{LARGE} flashinfer_xqa: ValueError: no",
+        f"{RAGGED} art_dense: WRONG: max error 5.0e-01",
+    ]
+
+
+def test_gpu_points(gpu_points):
+    points = gpu_points.parse_points(gpu_points.TABLE)
+    assert len({point.name for point in points}) == len(points) >= 60
+    for point in points:
+        assert point.kv_bytes <= gpu_points.MAX_KV_BYTES
+        assert "art_half" in point.implementations or point.ragged
+        assert max(point.lens) <= point.tokens
+        count = gpu_points.num_inputs(point.kv_bytes)
+        assert count >= 2
+        assert count * point.kv_bytes >= gpu_points.L2_BYTES
+    measured = {(point.num_q_heads, point.num_kv_heads) for point in points}
+    assert measured == {(32, 8), (64, 8), (32, 32)}
+    assert {point.batch for point in points} == {1, 2, 4, 8, 16, 32, 64, 128}
+    assert {point.page_size for point in points} == {16, 64, 256}
+    with pytest.raises(ValueError, match="not a point: '1x8k 32/8'"):
+        gpu_points.parse_points("1x8k 32/8")
+
+
+def test_watchdog_ends_a_process_that_hangs():
+    program = (
+        "import gpu_timing, time\n"
+        "with gpu_timing.watchdog(30, lambda: print('early')): pass\n"
+        "with gpu_timing.watchdog(0.1, lambda: print('late', flush=True)): time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (3, "late\n")
+
+
+def test_bench_gpu_lists_its_points():
+    done = run_script("bench_gpu.py", "--list", "--only", "_p256|art_oldest")
+    assert done.returncode == 0, done.stderr
+    *lines, total = done.stdout.splitlines()
+    assert total.startswith(f"{len(lines)} points, ")
+    assert all("_p256" in line or line.endswith("GiB  art_oldest") for line in lines)
+
+
+def test_bench_gpu_goes_on_where_it_stopped(tmp_path):
+    smoke = ("--smoke", "--out", str(tmp_path), "--commit", "abc")
+    done = run_script("bench_gpu.py", *smoke, "--only", "_ragged|art_half", "--budget", "0")
+    assert done.returncode == 0, done.stderr
+    assert "0 of 2 points; run again to go on" in done.stdout
+    done = run_script("bench_gpu.py", *smoke, "--only", "_ragged|art_half")
+    assert done.returncode == 0, done.stderr
+    (output,) = tmp_path.glob("gpu-*.json")
+    first = json.loads(output.read_text())["rows"]
+    done = run_script("bench_gpu.py", *smoke)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert results["commit"] == "abc"
+    assert all(row in results["rows"] for row in first)
+    rows = {(row["case"], row["impl"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 18
+    dense, half = (rows["B1_S1024_H8/2_D64_bf16_p16", f"art_{name}"] for name in ("dense", "half"))
+    assert 2 * half["bytes"] == dense["bytes"]
+    for (_, impl), row in rows.items():
+        assert "WRONG" not in row["note"]
+        if impl.startswith("art_") or impl == "read":
+            assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
+        else:
+            assert row["us"] is None
+            assert row["note"]
+    assert "| `B1_S1024_H8/2_D64_bf16_p16` |" in output.with_suffix(".md").read_text()
+    done = run_script("bench_gpu.py", "--report", str(output))
+    assert done.returncode == 0, done.stderr
+    assert "criterion everywhere: never / dense" in done.stdout
+    done = run_script("bench_gpu.py", "--smoke", "--out", str(tmp_path), "--commit", "abd")
+    assert "was measured with commit abc" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_gpu_needs_a_gpu(tmp_path):
+    done = run_script("bench_gpu.py", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU" in done.stderr

@@ -78,6 +78,37 @@ ART_HD int32_t cuda_crew(int64_t num_items, int64_t resident_blocks, int64_t max
   return crew < 1 ? 1 : static_cast<int32_t>(crew);
 }
 
+// Whether one thread block per item keeps a GPU's memory busy: from three blocks on four
+// multiprocessors on.
+ART_HD bool cuda_runs_solo(int64_t num_items, int64_t multiprocessors) {
+  return 4 * num_items >= 3 * multiprocessors;
+}
+
+// Teams of thread blocks on a GPU: as many as there are items, as long as two thread blocks for
+// each fit beside each other.
+struct CudaTeams {
+  int32_t teams;
+  int32_t workers;     // of each team, besides the thread block that folds
+  int32_t ring_steps;  // steps that may wait for the fold, a power of two
+};
+
+// About one worker on a multiprocessor keeps its memory channel busy; more would only read further
+// past a stop. `num_splits` other than 0 sets the workers of each team.
+ART_HD CudaTeams cuda_teams(int64_t num_items, int64_t multiprocessors, int64_t resident_blocks,
+                            int64_t max_steps, int64_t stages, int64_t num_splits) {
+  int64_t teams = resident_blocks / 2;
+  if (num_items < teams) teams = num_items;
+  if (teams < 1) teams = 1;
+  int64_t workers = num_splits > 0 ? num_splits : (multiprocessors + teams - 1) / teams;
+  if (workers > resident_blocks / teams - 1) workers = resident_blocks / teams - 1;
+  if (workers > max_steps) workers = max_steps;
+  if (workers < 1) workers = 1;
+  // Each worker has claimed the steps in its stages and up to five more.
+  int64_t ring = 16;
+  while (ring < workers * (stages + 5)) ring *= 2;
+  return {static_cast<int32_t>(teams), static_cast<int32_t>(workers), static_cast<int32_t>(ring)};
+}
+
 // Waking another thread costs about 5 us, as much as three steps of 64 tokens and four heads.
 ART_HD int64_t cpu_workers(int64_t num_tasks, int64_t total_steps, int64_t num_threads) {
   constexpr int64_t kStepsPerWorker = 6;

@@ -7,7 +7,9 @@
 
 namespace art::cuda {
 
-// Slots that are negative or beyond `num_pages` are skipped.
-cudaError_t launch_append(const AppendParams& params, int64_t num_pages, cudaStream_t stream);
+// Writes the keys and values of the same tokens to the same slots, in one launch where both are
+// copied in pieces of one size. Slots that are negative or beyond `num_pages` are skipped.
+cudaError_t launch_append(const AppendParams& key, const AppendParams& value, int64_t num_pages,
+                          cudaStream_t stream);
 
 }  // namespace art::cuda

@@ -1,36 +1,17 @@
 // Chooses the kernel and lays out the workspace, from sizes alone: nothing is read from the device.
 #include "cuda/decode_attention.h"
 
-#include <atomic>
 #include <cstdint>
 
 #include "core/schedule.h"
+#include "cuda/arena.h"
+#include "cuda/device.h"
 #include "cuda/portable/launch.h"
 #include "cuda/sm80/launch.h"
+#include "cuda/sm90/plan.h"
 
 namespace art::cuda {
 namespace {
-
-constexpr size_t kAlignment = 256;
-
-// Hands out aligned pieces of one buffer; from a null base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(size_t count) {
-    char* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(piece);
-  }
-
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 size_t num_items(const DecodeParams& params) {
   return static_cast<size_t>(params.batch) * params.num_kv_heads;
@@ -65,40 +46,29 @@ sm80::Entry sm80_entry(const DecodeParams& params) {
   }
 }
 
-// Thread blocks of a kernel that are resident at once; 0 where it cannot run. Asked once for each
-// kernel and device: the answer does not change.
+// Thread blocks of a kernel that are resident at once; 0 where it cannot run.
 cudaError_t resident_blocks(const DecodeParams& params, sm80::Entry entry, int64_t* blocks) {
-  constexpr int kDevices = 64;
-  static std::atomic<int64_t> known[kDevices][2][5][2];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const int dim = params.head_dim == 64    ? 0
-                  : params.head_dim == 96  ? 1
-                  : params.head_dim == 128 ? 2
-                  : params.head_dim == 192 ? 3
-                                           : 4;
-  auto& cached =
-      known[device % kDevices][params.dtype == DType::kFloat16][dim][params.group_size > 8];
-  *blocks = cached.load() - 1;
-  if (*blocks >= 0) return cudaSuccess;
-  int per_multiprocessor = 0, multiprocessors = 0;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  error = entry(params, {}, nullptr, &per_multiprocessor);
-  if (error == cudaErrorInvalidValue) {
-    // More shared memory than a thread block may have on this GPU.
-    cudaGetLastError();
-    per_multiprocessor = 0;
-  } else if (error != cudaSuccess) {
-    return error;
-  }
-  *blocks = int64_t{per_multiprocessor} * multiprocessors;
-  cached.store(*blocks + 1);
-  return cudaSuccess;
+  static ResidencyCache<2 * 2 * 9> cache;
+  const int dtype = params.dtype == DType::kFloat16, tiles = params.group_size > 8;
+  Residency residency;
+  const cudaError_t error = cache.get((dtype * 2 + tiles) * 9 + params.head_dim / 32,
+                                      [&](int* per_multiprocessor) {
+                                        const cudaError_t failure =
+                                            entry(params, {}, nullptr, per_multiprocessor);
+                                        if (failure != cudaErrorInvalidValue) return failure;
+                                        // More shared memory than a thread block may have on this
+                                        // GPU.
+                                        cudaGetLastError();
+                                        *per_multiprocessor = 0;
+                                        return cudaSuccess;
+                                      },
+                                      &residency);
+  *blocks = error == cudaSuccess ? residency.total() : 0;
+  return error;
 }
 
 struct Plan {
+  sm90::Plan sm90;
   sm80::Entry entry;  // null: the portable kernels
   int32_t crew;
   int32_t wave_steps;
@@ -114,7 +84,9 @@ int64_t max_steps(const DecodeParams& params) {
 }
 
 cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan) {
-  *plan = {nullptr, 1, 1, 0};
+  *plan = {{}, nullptr, 1, 1, 0};
+  cudaError_t error = sm90::make_plan(params, num_splits, &plan->sm90);
+  if (error != cudaSuccess || plan->sm90.can_run) return error;
   const bool fits = params.dtype != DType::kFloat32 && params.head_dim == params.value_dim &&
                     params.group_size <= sm80::kMaxGroup && is_aligned(params.key) &&
                     is_aligned(params.value) && params.query_batch_stride % 2 == 0 &&
@@ -123,7 +95,7 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
   const sm80::Entry entry = fits ? sm80_entry(params) : nullptr;
   if (entry == nullptr) return cudaSuccess;
   int64_t resident = 0;
-  const cudaError_t error = resident_blocks(params, entry, &resident);
+  error = resident_blocks(params, entry, &resident);
   if (error != cudaSuccess || resident == 0) return error;
   plan->entry = entry;
   const int64_t items = static_cast<int64_t>(num_items(params));
@@ -187,7 +159,9 @@ cudaError_t workspace_bytes(const DecodeParams& params, int64_t num_splits, size
   const cudaError_t error = make_plan(params, num_splits, &plan);
   if (error != cudaSuccess) return error;
   Arena arena(nullptr);
-  if (plan.entry == nullptr) {
+  if (plan.sm90.can_run) {
+    sm90::run(params, plan.sm90, arena, /*measure_only=*/true, nullptr);
+  } else if (plan.entry == nullptr) {
     lay_out_portable(params, arena);
   } else {
     lay_out(params, plan, arena);
@@ -201,8 +175,9 @@ cudaError_t launch_decode(const DecodeParams& params, int64_t num_splits, void* 
   Plan plan;
   cudaError_t error = make_plan(params, num_splits, &plan);
   if (error != cudaSuccess) return error;
-  if (plan.entry == nullptr) return launch_portable(params, workspace, stream);
   Arena arena(workspace);
+  if (plan.sm90.can_run) return sm90::run(params, plan.sm90, arena, false, stream);
+  if (plan.entry == nullptr) return launch_portable(params, workspace, stream);
   const sm80::Workspace space = lay_out(params, plan, arena);
   if (plan.crew > 1) {
     const char* begin = reinterpret_cast<const char*>(space.state);

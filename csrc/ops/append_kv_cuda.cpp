@@ -21,10 +21,8 @@ void append_kv_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cac
     host.slots_head_stride = slots.dim() == 2 ? slots.stride(1) : 0;
     check_slots(host, key_cache.size(0));
   }
-  const cudaStream_t stream = current_stream(key);
-  const int64_t num_pages = key_cache.size(0);
-  check_launch("append_kv", cuda::launch_append(pair.key, num_pages, stream));
-  check_launch("append_kv", cuda::launch_append(pair.value, num_pages, stream));
+  check_launch("append_kv",
+               cuda::launch_append(pair.key, pair.value, key_cache.size(0), current_stream(key)));
 }
 
 }  // namespace

@@ -33,6 +33,14 @@ struct Shape {
   }
 };
 
+// What is derived from it is formed again for each Block, instead of living through a fold.
+__device__ inline int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread >= 0 && thread < kThreads);
+  return thread;
+}
+
 // Where a token's rows are, and its position; -1: not visible.
 struct TokenRows {
   int64_t key;
@@ -64,19 +72,22 @@ class Block {
         item_(item),
         index_(index),
         rank_(rank),
-        warp_(threadIdx.x / 32),
-        lane_(threadIdx.x % 32) {
+        thread_(thread_index()),
+        warp_(thread_ / 32),
+        lane_(thread_ % 32) {
     const int32_t step_tokens = item.steps.units_per_block * params.unit_size;
     tiles_per_step_ = (step_tokens + kTileTokens - 1) / kTileTokens;
     const int32_t steps = item.steps.num_steps;
     num_local_ = steps > rank ? (steps - rank - 1) / workspace.crew + 1 : 0;
   }
 
-  __device__ void run() {
+  // Works through the tiles from `tile` on. Returns the wave that has to be folded before it goes
+  // on, or -1 at the end.
+  __device__ int32_t run(int32_t& tile) {
     load_query();
     const int32_t num_tiles = num_local_ * tiles_per_step_;
-    start_pipeline(num_tiles);
-    for (int32_t tile = 0; tile < num_tiles; ++tile) {
+    if (tile == 0) start_pipeline(num_tiles);
+    while (tile < num_tiles) {
       wait_copies<S::kStages - 2>();
       __syncthreads();
       advance_pipeline(tile, num_tiles);
@@ -86,21 +97,25 @@ class Block {
       __syncthreads();
       if (first && workspace_.crew == 1 && decide()) break;
       weigh(tile, first);
+      const int32_t local = tile++ / tiles_per_step_;
       if (!last) continue;
-      const int32_t local = tile / tiles_per_step_;
       if (workspace_.crew == 1) {
         fold_step(local);
-      } else if (store_step(local)) {
-        return;
+        continue;
       }
+      const Next next = store_step(local);
+      if (next != Next::kTile) return next == Next::kFold ? wave_of(local) : -1;
     }
-    if (workspace_.crew > 1) return;
+    if (workspace_.crew > 1) return -1;
     __syncthreads();
     if (stop_block_ < 0) decide();
     write_output();
+    return -1;
   }
 
  private:
+  enum class Next { kTile, kFold, kEnd };
+
   __device__ int32_t step_of(int32_t local) const { return local * workspace_.crew + rank_; }
 
   // ---- loading
@@ -125,10 +140,10 @@ class Block {
   }
 
   __device__ void find_rows(int32_t tile) {
-    if (threadIdx.x >= kTileTokens) return;
+    if (thread_ >= kTileTokens) return;
     const auto positions = item_.steps.positions(step_of(tile / tiles_per_step_));
-    const int32_t slot = positions.begin * params_.unit_size +
-                         tile % tiles_per_step_ * kTileTokens + static_cast<int32_t>(threadIdx.x);
+    const int32_t slot =
+        positions.begin * params_.unit_size + tile % tiles_per_step_ * kTileTokens + thread_;
     const bool exists = slot < positions.end * params_.unit_size;
     const int32_t token = exists ? token_at(params_, item_, slot) : -1;
     TokenRows rows = {-1, -1, token};
@@ -138,7 +153,7 @@ class Block {
       rows.key = row_offset(params_.key, page, in_page, item_.kv_head);
       rows.value = row_offset(params_.value, page, in_page, item_.kv_head);
     }
-    shared_.rows[tile % (S::kStages + 1)][threadIdx.x] = rows;
+    shared_.rows[tile % (S::kStages + 1)][thread_] = rows;
   }
 
   // Rows that are not visible become zeros: nothing is read, and no NaN can reach a product.
@@ -150,14 +165,14 @@ class Block {
     const T* key_data = static_cast<const T*>(params_.key.data);
     const T* value_data = static_cast<const T*>(params_.value.data);
 #pragma unroll
-    for (int i = threadIdx.x; i < kTileTokens * kPieces; i += kThreads) {
+    for (int i = thread_; i < kTileTokens * kPieces; i += kThreads) {
       const int t = i / kPieces, piece = i % kPieces;
       const int64_t row = rows[t].key;
       const T* from = key_data + (row < 0 ? 0 : row) + 8 * piece;
       copy_async(keys + S::offset(t, piece), from, row >= 0);
     }
 #pragma unroll
-    for (int i = threadIdx.x; i < kTileTokens * kPieces; i += kThreads) {
+    for (int i = thread_; i < kTileTokens * kPieces; i += kThreads) {
       const int t = i / kPieces, piece = i % kPieces;
       const int64_t row = rows[t].value;
       const T* from = value_data + (row < 0 ? 0 : row) + 8 * piece;
@@ -314,20 +329,20 @@ class Block {
 
   __device__ void fold_column(int ht, int column, const FoldFactors& factors,
                               const IncrementWeights& weights, bool compare, int32_t step) {
-    const float running = of_column(factors.running, column);
-    const float incoming = of_column(factors.incoming, column);
-    const float keep = of_column(weights.keep, column), share = of_column(weights.share, column);
+    const FoldFactors of_head = {of_column(factors.running, column),
+                                 of_column(factors.incoming, column)};
+    const IncrementWeights increment = {of_column(weights.keep, column),
+                                        of_column(weights.share, column)};
     const float scale = of_column(scale_[ht], column);
     float sums[3] = {};
 #pragma unroll
     for (int i = 0; i < 2 * S::kSlices; ++i) {
       float& value = values_[ht][i / 2][i % 2 * 2 + column];
-      const float a = value * running;
-      const float p = step_values_[ht][i / 2][i % 2 * 2 + column] * incoming;
-      value = a + p;
-      const float scaled = a * scale, d = p * keep * scale - scaled * share;
-      sums[0] += scaled * scaled;
-      sums[1] += scaled * d;
+      const FoldedElement element(value, step_values_[ht][i / 2][i % 2 * 2 + column], of_head);
+      value = element.after();
+      const float a = element.before * scale, d = element.change(increment, scale);
+      sums[0] += a * a;
+      sums[1] += a * d;
       sums[2] += d * d;
     }
     if (!params_.use_stability) return;
@@ -394,7 +409,7 @@ class Block {
       const bool exists = own < params_.group_size;
       const float total = running_[ht].sum +
                           sink_mass(running_[ht], exists ? sink_of(params_, item_, own) : nullptr);
-      if (exists && threadIdx.x % 4 == 0 && warp_ == 0) {
+      if (exists && thread_ % 4 == 0 && warp_ == 0) {
         params_.lse[first_row + own] = log_sum_exp(running_[ht]);
       }
 #pragma unroll
@@ -410,35 +425,32 @@ class Block {
     }
     count_tokens(params_, item_, stop_block_ < 0 ? item_.steps.num_steps : num_read_,
                  params_.tokens_read + index_);
-    if (threadIdx.x == 0) params_.stop_block[index_] = stop_block_;
+    if (thread_ == 0) params_.stop_block[index_] = stop_block_;
   }
 
   // ---- handing over, several thread blocks per item
 
-  // Stores the step for the fold of its wave. Returns true when the item is finished.
-  __device__ bool store_step(int32_t local) {
-    const int32_t step = step_of(local), wave = step / workspace_.wave_steps;
+  __device__ int32_t wave_of(int32_t local) const { return step_of(local) / workspace_.wave_steps; }
+
+  // Stores the step for the fold of its wave.
+  __device__ Next store_step(int32_t local) {
+    const int32_t step = step_of(local), wave = wave_of(local);
     CrewState& state = workspace_.state[index_];
-    if (threadIdx.x == 0) {
+    if (thread_ == 0) {
       // The ring slot is free once the wave that used it last is folded.
-      int32_t finished;
-      while ((finished = load_acquire(&state.finished)) == 0 &&
-             load_acquire(&state.folded_waves) <= wave - kRingWaves) {
-        __nanosleep(100);
-      }
-      shared_.flag = finished;
+      int32_t folded;
+      while ((folded = load_acquire(&state.folded_waves)) <= wave - kRingWaves) __nanosleep(100);
+      shared_.flag = folded;
     }
     __syncthreads();
-    if (shared_.flag != 0) return true;
+    if (shared_.flag == kFinished) return Next::kEnd;
     const int64_t slot =
         (int64_t{index_} * kRingWaves + wave % kRingWaves) * workspace_.wave_steps +
         step % workspace_.wave_steps;
     write_step(workspace_.ring_softmax + slot * params_.group_size,
                workspace_.ring_values + slot * params_.group_size * kDim);
-    const bool last_of_wave =
-        local + 1 == num_local_ || step_of(local + 1) / workspace_.wave_steps != wave;
-    if (!last_of_wave) return false;
-    return arrive(state, wave);
+    const bool last_of_wave = local + 1 == num_local_ || wave_of(local + 1) != wave;
+    return last_of_wave ? arrive(state, wave) : Next::kTile;
   }
 
   __device__ void write_step(SoftmaxState* softmax, float* values) {
@@ -458,33 +470,20 @@ class Block {
 
   // The last of the crew to finish a wave folds it. Waves are folded in order; whoever folds the
   // one before is running, so the wait ends.
-  __device__ bool arrive(CrewState& state, int32_t wave) {
+  __device__ Next arrive(CrewState& state, int32_t wave) {
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (thread_ == 0) {
       const int32_t left = item_.steps.num_steps - wave * workspace_.wave_steps;
       const int32_t expected = left < workspace_.crew ? left : workspace_.crew;
       int32_t* arrivals = workspace_.arrivals + int64_t{index_} * workspace_.max_waves + wave;
-      int32_t finished = 0;
       const bool folds = add_acq_rel(arrivals, 1) + 1 == expected;
-      while (folds && (finished = load_acquire(&state.finished)) == 0 &&
-             load_acquire(&state.folded_waves) != wave) {
-        __nanosleep(50);
-      }
-      shared_.flag = finished != 0 ? 2 : (folds ? 1 : 0);
+      int32_t folded = -1;
+      while (folds && (folded = load_acquire(&state.folded_waves)) < wave) __nanosleep(50);
+      shared_.flag = folded;
     }
     __syncthreads();
-    const int32_t flag = shared_.flag;
-    __syncthreads();
-    if (flag != 1) return flag == 2;
-    __threadfence();
-    const bool finished = fold_wave<T, kDim>(params_, workspace_, item_, index_, wave);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      if (finished) store_release(&state.finished, 1);
-      store_release(&state.folded_waves, wave + 1);
-    }
-    return finished;
+    if (shared_.flag == wave) return Next::kFold;
+    return shared_.flag == kFinished ? Next::kEnd : Next::kTile;
   }
 
   const DecodeParams& params_;
@@ -492,7 +491,7 @@ class Block {
   Shared<kDim, kHeadTiles>& shared_;
   const Item& item_;
   const int32_t index_, rank_;
-  const int warp_, lane_;
+  const int thread_, warp_, lane_;
   int32_t tiles_per_step_;
   int32_t num_local_;
   uint32_t query_[kHeadTiles][kDim / 16][2];
@@ -527,7 +526,11 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
     }
     if (threadIdx.x == 0) params.tokens_read[index] = 0, params.stop_block[index] = -1;
   }
-  Block<T, kDim, kHeadTiles>(params, workspace, shared, index, rank, item).run();
+  int32_t tile = 0, wave = 0;
+  do {
+    // A fold takes nearly all registers, so of a Block only the copies under way live through it.
+    wave = Block<T, kDim, kHeadTiles>(params, workspace, shared, index, rank, item).run(tile);
+  } while (wave >= 0 && !fold_wave<T, kDim>(params, workspace, item, index, wave));
 }
 
 template <class T, int kDim, int kHeadTiles>

@@ -2,17 +2,10 @@
 // the whole wave, in walk order, so the stop decision is the sequential one.
 #pragma once
 
-#include "core/item.h"
-#include "core/online_softmax.h"
-#include "core/termination.h"
-#include "cuda/rows.cuh"
+#include "cuda/sm80/head.cuh"
 #include "cuda/sm80/launch.h"
-#include "cuda/sm80/mma.cuh"
 
 namespace art::cuda::sm80 {
-
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
 
 __device__ inline int32_t load_acquire(const int32_t* address) {
   int32_t value;
@@ -33,16 +26,6 @@ __device__ inline int32_t add_acq_rel(int32_t* address, int32_t value) {
   return before;
 }
 
-__device__ inline const float* sink_of(const DecodeParams& params, const Item& item, int32_t g) {
-  if (params.attn_sinks == nullptr) return nullptr;
-  return params.attn_sinks + item.kv_head * params.group_size + g;
-}
-
-__device__ inline StabilityThresholds thresholds_of(const DecodeParams& params, const Item& item) {
-  if (params.thresholds == nullptr) return {params.d_scale, params.d_direction};
-  return {params.thresholds[2 * item.kv_head], params.thresholds[2 * item.kv_head + 1]};
-}
-
 // Visible tokens of the first `num_steps` steps; counted by all threads together.
 __device__ inline void count_tokens(const DecodeParams& params, const Item& item, int32_t num_steps,
                                     int32_t* tokens_read) {
@@ -57,68 +40,6 @@ __device__ inline void count_tokens(const DecodeParams& params, const Item& item
   atomicAdd(&total, tokens);
   __syncthreads();
   if (threadIdx.x == 0) *tokens_read = total;
-}
-
-// The part of one head that a lane owns: elements lane, lane + 32, ...
-template <int kDim>
-struct HeadSlice {
-  static constexpr int kElements = kDim / 32;
-  float values[kElements];
-  SoftmaxState softmax;
-
-  __device__ void load(const float* from, const SoftmaxState* state) {
-    softmax = *state;
-    for (int i = 0; i < kElements; ++i) values[i] = from[threadIdx.x % 32 + 32 * i];
-  }
-  __device__ void save(float* to, SoftmaxState* state) const {
-    for (int i = 0; i < kElements; ++i) to[threadIdx.x % 32 + 32 * i] = values[i];
-    if (threadIdx.x % 32 == 0) *state = softmax;
-  }
-  __device__ FoldFactors add(const HeadSlice& step) {
-    const FoldFactors factors = fold(softmax, step.softmax);
-    for (int i = 0; i < kElements; ++i) {
-      values[i] = values[i] * factors.running + step.values[i] * factors.incoming;
-    }
-    return factors;
-  }
-};
-
-template <int kDim>
-__device__ OutputChange change_of(const HeadSlice<kDim>& before, const HeadSlice<kDim>& step,
-                                  const SoftmaxState& after, const FoldFactors& factors,
-                                  const float* sink) {
-  const IncrementWeights weights = increment_weights(step.softmax, after, factors, sink);
-  const auto moments = [&](float scale, float* largest) {
-    IncrementMoments sums = {};
-    for (int i = 0; i < HeadSlice<kDim>::kElements; ++i) {
-      const float a = before.values[i] * factors.running * scale;
-      const float d = step.values[i] * factors.incoming * weights.keep * scale - a * weights.share;
-      sums.aa += a * a;
-      sums.ad += a * d;
-      sums.dd += d * d;
-      if (largest != nullptr) *largest = fmaxf(*largest, fmaxf(fabsf(a), fabsf(d)));
-    }
-    return IncrementMoments{warp_sum(sums.aa), warp_sum(sums.ad), warp_sum(sums.dd)};
-  };
-  float largest = 0.0f;
-  IncrementMoments sums = moments(1.0f, &largest);
-  if (!in_range(sums)) sums = moments(moment_scale(warp_max(largest)), nullptr);
-  return output_change(sums);
-}
-
-template <class T, int kDim>
-__device__ void write_head(const DecodeParams& params, const Item& item, int32_t g,
-                           const HeadSlice<kDim>& head) {
-  const int32_t q_head = item.kv_head * params.group_size + g;
-  const int64_t row = int64_t{item.batch} * params.num_q_heads + q_head;
-  const SoftmaxState& state = head.softmax;
-  const float total = state.sum + sink_mass(state, sink_of(params, item, g));
-  for (int i = 0; i < HeadSlice<kDim>::kElements; ++i) {
-    // Nothing read leaves 0 / 0, which is defined as zero.
-    const float value = state.sum == 0.0f ? 0.0f : head.values[i] / total;
-    static_cast<T*>(params.out)[row * kDim + threadIdx.x % 32 + 32 * i] = Mma<T>::round(value);
-  }
-  if (threadIdx.x % 32 == 0) params.lse[row] = log_sum_exp(state);
 }
 
 // Steps of one wave, and the running output before and after it.
@@ -153,80 +74,192 @@ struct Wave {
     after_values = workspace.running_values + after * group * kDim;
   }
 
-  __device__ HeadSlice<kDim> step(int32_t i, int32_t g) const {
+  // Steps from `end` on weigh nothing, and adding -0 to anything leaves it as it is.
+  __device__ SoftmaxState step_softmax(int32_t i, int32_t end, int32_t g) const {
+    return i < end ? load_softmax(ring_softmax + i * group + g) : SoftmaxState();
+  }
+  __device__ HeadSlice<kDim> step(int32_t i, int32_t end, int32_t g) const {
     HeadSlice<kDim> slice;
-    slice.load(ring_values + (int64_t{i} * group + g) * kDim, ring_softmax + i * group + g);
+    slice.fill(-0.0f);
+    if (i < end) slice.load(ring_values + (int64_t{i} * group + g) * kDim);
     return slice;
   }
-  __device__ HeadSlice<kDim> before(int32_t g) const {
-    HeadSlice<kDim> slice = {};
-    if (!is_first) slice.load(before_values + g * kDim, before_softmax + g);
-    return slice;
+  __device__ FoldedHead<kDim> before(int32_t g) const {
+    FoldedHead<kDim> head = {};
+    if (!is_first) head.load(before_softmax + g, before_values + g * kDim);
+    return head;
+  }
+  __device__ FoldedHead<kDim> after(int32_t g) const {
+    FoldedHead<kDim> head;
+    head.load(after_softmax + g, after_values + g * kDim);
+    return head;
   }
 };
 
-// Visits the first steps of a wave in order. Several are loaded before the first is used: one at a
-// time, every step would wait for the second-level cache.
-template <int kDim, class Visit>
-__device__ void for_each_step(const Wave<kDim>& wave, int32_t count, int32_t g,
-                              const Visit& visit) {
-  constexpr int kAhead = kDim <= 128 ? 4 : 1;
-  HeadSlice<kDim> steps[kAhead];
-  for (int32_t base = 0; base < count; base += kAhead) {
+// Folds the logits of a wave's steps, of which lane i holds step i, and leaves the steps' weights.
+// Maxima and exponentials are formed for all steps at once; only the sums depend on each other.
+__device__ inline SoftmaxState fold_softmax(const SoftmaxState& before, const SoftmaxState& step,
+                                            const float* sink, StepWeights (&weights)[32]) {
+  const int lane = threadIdx.x % 32;
+  float max = step.max;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other = __shfl_up_sync(~0u, max, distance);
+    if (lane >= distance && other > max) max = other;
+  }
+  const float earlier = __shfl_up_sync(~0u, max, 1);
+  SoftmaxState after = {lane > 0 && earlier > before.max ? earlier : before.max, 0.0f};
+  const FoldFactors factors = fold(after, step);
+  const float added = after.sum;  // folded into nothing, the step leaves its own mass
+  float sum = before.sum;
+#pragma unroll 8
+  for (int i = 0; i < 32; ++i) {
+    const float kept = __shfl_sync(~0u, factors.running, i);
+    sum = __fmaf_rn(sum, kept, __shfl_sync(~0u, added, i));
+    if (i == lane) after.sum = sum;
+  }
+  __syncwarp();  // the weights of the head before are no longer read
+  weights[lane] = {factors, increment_weights(step, after, factors, sink)};
+  __syncwarp();
+  return {__shfl_sync(~0u, after.max, 31), sum};
+}
+
+// Steps that are loaded before the first is used: one at a time, every step would wait for the
+// second-level cache. Their moments are summed over the warp together.
+template <int kDim>
+constexpr int kAhead = kDim <= 128 ? 8 : 4;
+
+// The step of a wave whose moments this lane ends with.
+template <int kDim>
+__device__ int32_t moments_step() {
+  constexpr int kBatches = 32 / kAhead<kDim>;
+  const int32_t lane = threadIdx.x % 32;
+  return lane % kBatches * kAhead<kDim> + lane / kBatches;
+}
+
+// Folds the first `count` steps of a wave into one head, by one warp. `moments` receives those of
+// the step moments_step().
+template <bool kMoments, int kDim>
+__device__ FoldedHead<kDim> fold_head(const Wave<kDim>& wave, int32_t count, int32_t g,
+                                      const float* sink, StepWeights (&weights)[32],
+                                      IncrementMoments& moments) {
+  constexpr int kSteps = kAhead<kDim>, kBatches = 32 / kSteps;
+  const int32_t lane = threadIdx.x % 32;
+  const SoftmaxState own = wave.step_softmax(lane, count, g);
+  FoldedHead<kDim> head = wave.before(g);
+  HeadSlice<kDim> steps[kSteps];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (base + i < count) steps[i] = wave.step(base + i, g);
-    }
+  for (int i = 0; i < kSteps; ++i) steps[i] = wave.step(i, count, g);
+  head.softmax = fold_softmax(head.softmax, own, sink, weights);
+  for (int32_t base = 0; base < count; base += kSteps) {
+    float aa[kSteps], ad[kSteps], dd[kSteps];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (base + i < count) visit(base + i, steps[i]);
+    for (int i = 0; i < kSteps; ++i) {
+      const StepWeights step_weights = weights[base + i];
+      if constexpr (kMoments) {
+        const IncrementMoments part = partial_moments(head.slice, steps[i], step_weights, 1.0f);
+        aa[i] = part.aa, ad[i] = part.ad, dd[i] = part.dd;
+      }
+      add_step(head.slice, steps[i], step_weights);
+      steps[i] = wave.step(base + i + kSteps, count, g);
     }
+    if constexpr (kMoments) {
+      const IncrementMoments sums = {warp_sums(aa), warp_sums(ad), warp_sums(dd)};
+      if (lane % kBatches == base / kSteps) moments = sums;
+    }
+  }
+  return head;
+}
+
+// Forms the moments of some steps (one bit each) again, from vectors brought into range.
+template <int kDim>
+__device__ void rescale_moments(const Wave<kDim>& wave, uint32_t which, int32_t g,
+                                const StepWeights (&weights)[32], IncrementMoments& moments) {
+  HeadSlice<kDim> running = wave.before(g).slice;
+#pragma unroll 1
+  for (int32_t i = 0; i < wave.count; ++i) {
+    const HeadSlice<kDim> step = wave.step(i, wave.count, g);
+    if (which >> i & 1) {
+      const float scale = moment_scale(warp_max(largest_element(running, step, weights[i])));
+      const IncrementMoments part = partial_moments(running, step, weights[i], scale);
+      const IncrementMoments sums = {warp_sum(part.aa), warp_sum(part.ad), warp_sum(part.dd)};
+      if (moments_step<kDim>() == i) moments = sums;
+    }
+    add_step(running, step, weights[i]);
   }
 }
 
-// Folds one wave; returns true when that finished the item. Called by a whole thread block.
+// Which of the steps that are compared (one bit each) changed the output of one head too much.
+template <int kDim>
+__device__ uint32_t unstable_steps(const Wave<kDim>& wave, uint32_t compared, int32_t g,
+                                   const StabilityThresholds& thresholds,
+                                   const StepWeights (&weights)[32], IncrementMoments moments) {
+  const uint32_t own = compared & 1u << moments_step<kDim>();
+  const uint32_t lost = __reduce_or_sync(~0u, in_range(moments) ? 0 : own);
+  if (lost != 0) rescale_moments(wave, lost, g, weights, moments);
+  return __reduce_or_sync(~0u, is_stable(output_change(moments), thresholds) ? 0 : own);
+}
+
+// The step of a wave that completes the patience, or -1.
+__device__ inline int32_t find_stop(PatienceCounter& counter, uint32_t compared, uint32_t unstable,
+                                    int32_t patience) {
+  int32_t stop = -1;
+#pragma unroll
+  for (int32_t i = 0; i < kMaxWaveSteps; ++i) {
+    if (!(compared >> i & 1)) continue;
+    if (counter.completes(!(unstable >> i & 1), patience) && stop < 0) stop = i;
+  }
+  return stop;
+}
+
+// Folds one wave; returns true when that finished the item. Called by a whole thread block, one of
+// whose threads has seen that all steps of the wave are stored.
 template <class T, int kDim>
 __device__ bool fold_wave(const DecodeParams& params, const Workspace& workspace, const Item& item,
                           int32_t index, int32_t wave_number) {
+  __shared__ StepWeights weights[kWarps][32];
   __shared__ uint32_t unstable;  // bit i: step i of the wave is not stable for every head
-  __shared__ int32_t stop;       // index of the step that completes the patience, or -1
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Wave<kDim> wave(params, workspace, item, index, wave_number);
+  CrewState& state = workspace.state[index];
+  PatienceCounter counter = {__ldcg(&state.patience.stable_blocks)};
+  const bool compares =
+      params.use_stability && lane < wave.count && item.steps.block_of(wave.first + lane) > 0;
+  const uint32_t compared = __ballot_sync(~0u, compares);
   const StabilityThresholds thresholds = thresholds_of(params, item);
   if (threadIdx.x == 0) unstable = 0;
   __syncthreads();
-  for (int32_t g = threadIdx.x / 32; g < wave.group; g += kWarps) {
-    HeadSlice<kDim> running = wave.before(g);
-    uint32_t mask = 0;
-    for_each_step(wave, wave.count, g, [&](int32_t i, const HeadSlice<kDim>& step) {
-      const HeadSlice<kDim> before = running;
-      const FoldFactors factors = running.add(step);
-      if (!params.use_stability || item.steps.block_of(wave.first + i) == 0) return;
-      const OutputChange change =
-          change_of(before, step, running.softmax, factors, sink_of(params, item, g));
-      if (!is_stable(change, thresholds)) mask |= 1u << i;
-    });
-    if (threadIdx.x % 32 == 0) atomicOr(&unstable, mask);
-    running.save(wave.after_values + g * kDim, wave.after_softmax + g);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    stop = -1;
-    PatienceCounter& patience = workspace.state[index].patience;
-    for (int32_t i = 0; params.use_stability && i < wave.count && stop < 0; ++i) {
-      if (item.steps.block_of(wave.first + i) == 0) continue;
-      if (patience.completes(!(unstable >> i & 1), params.patience)) stop = i;
+  for (int32_t g = warp; g < wave.group; g += kWarps) {
+    const float* sink = sink_of(params, item, g);
+    FoldedHead<kDim> head;
+    IncrementMoments moments = {};
+    if (compared != 0) {
+      head = fold_head<true>(wave, wave.count, g, sink, weights[warp], moments);
+      const uint32_t mask = unstable_steps(wave, compared, g, thresholds, weights[warp], moments);
+      if (lane == 0) atomicOr(&unstable, mask);
+    } else {
+      head = fold_head<false>(wave, wave.count, g, sink, weights[warp], moments);
     }
+    head.save(wave.after_softmax + g, wave.after_values + g * kDim);
   }
   __syncthreads();
-  const int32_t end = wave.first + wave.count;
-  if (stop < 0 && end < item.steps.num_steps) return false;
+  const int32_t stop = find_stop(counter, compared, unstable, params.patience);
+  const bool finished = stop >= 0 || wave.first + wave.count == item.steps.num_steps;
+  if (threadIdx.x == 0) {
+    state.patience = counter;
+    // Once finished, the rest of the crew need not read on while the result is written.
+    store_release(&state.folded_waves, finished ? kFinished : wave_number + 1);
+  }
+  if (!finished) return false;
 
-  // A stop inside the wave: its first steps are folded once more, up to there.
   const int32_t count = stop < 0 ? wave.count : stop + 1;
-  for (int32_t g = threadIdx.x / 32; g < wave.group; g += kWarps) {
-    HeadSlice<kDim> running = wave.before(g);
-    for_each_step(wave, count, g, [&](int32_t, const HeadSlice<kDim>& step) { running.add(step); });
-    write_head<T>(params, item, g, running);
+  for (int32_t g = warp; g < wave.group; g += kWarps) {
+    // A stop inside the wave: its first steps are folded once more, up to there.
+    IncrementMoments unused;
+    const FoldedHead<kDim> head =
+        count == wave.count
+            ? wave.after(g)
+            : fold_head<false>(wave, count, g, sink_of(params, item, g), weights[warp], unused);
+    write_head<T>(params, item, g, head);
   }
   count_tokens(params, item, wave.first + count, params.tokens_read + index);
   if (threadIdx.x == 0) {

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "core/online_softmax.h"
 #include "core/params.h"
 #include "core/termination.h"
@@ -14,10 +16,11 @@ constexpr int kTileTokens = 64;
 constexpr int kMaxWaveSteps = 32;  // one bit each in a stability mask
 constexpr int kRingWaves = 4;
 
+constexpr int32_t kFinished = INT32_MAX;
+
 // Progress of an item that several thread blocks (its crew) compute. Zero before the launch.
 struct CrewState {
-  int32_t folded_waves;
-  int32_t finished;
+  int32_t folded_waves;  // kFinished once no more steps are needed
   PatienceCounter patience;
 };
 

@@ -1,0 +1,27 @@
+// Hands out aligned pieces of one buffer; from a null base it only measures.
+#pragma once
+
+#include <cstddef>
+
+namespace art::cuda {
+
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(size_t count) {
+    constexpr size_t kAlignment = 256;
+    char* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<T*>(piece);
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace art::cuda

@@ -1,0 +1,29 @@
+#include "cuda/listed_walks.h"
+
+#include "core/item.h"
+#include "cuda/rows.cuh"
+
+namespace art::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ DecodeParams params,
+                                                        const __grid_constant__ ListedWalks walks) {
+  const int32_t index = blockIdx.x;
+  int32_t* kept = walks.kept + int64_t{index} * params.max_units;
+  const Walk walk = visible_walk<kThreads>(params, index, visible_of(params, index), kept);
+  if (threadIdx.x == 0) {
+    walks.walks[index] = {walk.num_units, walk.num_pinned, walk.units != kept};
+  }
+}
+
+}  // namespace
+
+cudaError_t list_walks(const DecodeParams& params, const ListedWalks& walks, cudaStream_t stream) {
+  const unsigned items = static_cast<unsigned>(params.batch) * params.num_kv_heads;
+  list_kernel<<<items, kThreads, 0, stream>>>(params, walks);
+  return cudaGetLastError();
+}
+
+}  // namespace art::cuda

@@ -1,0 +1,156 @@
+// How tiles come into shared memory and are taken out again: a producing warp fills stages through
+// the copy engine, and each consuming warp empties its own.
+#pragma once
+
+#include "core/item.h"
+#include "cuda/rows.cuh"
+#include "cuda/sm90/launch.h"
+#include "cuda/sm90/tile.cuh"
+
+namespace art::cuda::sm90 {
+
+// One box of a tile; a lane of the producing warp holds it.
+struct Box {
+  int32_t token;  // the first one; -1: no box
+  int32_t page;
+  int32_t visible;  // tokens
+};
+
+__device__ inline int32_t tiles_per_step(const DecodeParams& params) {
+  return (params.block_size + kTileTokens - 1) / kTileTokens;
+}
+
+__device__ inline Box find_box(const DecodeParams& params, const Item& item, int32_t step,
+                               int32_t tile_in_step, int32_t box) {
+  if (step >= item.steps.num_steps) return {-1, 0, 0};
+  const auto positions = item.steps.positions(step);
+  const int32_t slot =
+      positions.begin * params.unit_size + tile_in_step * kTileTokens + box * kBoxTokens;
+  if (slot >= positions.end * params.unit_size) return {-1, 0, 0};
+  const int32_t unit = item.walk.unit_at(slot / params.unit_size);
+  const int32_t token = unit * params.unit_size + slot % params.unit_size;
+  const int32_t begin = token > item.visible.begin ? token : item.visible.begin;
+  const int32_t end = token + kBoxTokens < item.visible.end ? token + kBoxTokens : item.visible.end;
+  // A box without a visible token would ask for a page that may not exist.
+  if (begin >= end) return {-1, 0, 0};
+  return {token, static_cast<int32_t>(page_of(params, item, token)), end - begin};
+}
+
+// Stages as the producing warp sees them: it waits for one to be empty, fills it, and so on.
+template <int kDim, int kStages>
+struct Stages {
+  unsigned char keys[kStages][TileShape<kDim>::kTileBytes];
+  unsigned char values[kStages][TileShape<kDim>::kTileBytes];
+  TileInfo info[kStages];
+  Barrier full[kStages], empty[kStages];
+
+  __device__ void init() {
+    for (int i = 0; i < kStages; ++i) {
+      full[i].init(1);
+      empty[i].init(1);
+    }
+  }
+};
+
+template <int kDim, int kStages>
+class Producer {
+ public:
+  __device__ Producer(const DecodeParams& params, const Maps& maps, Stages<kDim, kStages>& stages)
+      : params_(params), maps_(maps), stages_(stages), policy_(read_once_policy()) {}
+
+  __device__ void wait_for(int stage) { stages_.empty[stage].wait(rounds_ >> stage & 1 ^ 1); }
+
+  // Fills a stage that wait_for() found empty. Called by the whole warp: lanes 0 to 3 hold the
+  // tile's boxes.
+  __device__ void fill(int stage, const Item& item, int32_t step, const Box& box) {
+    rounds_ ^= 1u << stage;
+    const int lane = threadIdx.x % 32;
+    int32_t tokens = lane < kBoxes ? box.visible : 0;
+    tokens += __shfl_xor_sync(~0u, tokens, 1);
+    tokens += __shfl_xor_sync(~0u, tokens, 2);
+    const bool exists = lane < kBoxes && box.token >= 0;
+    const uint32_t boxes = __popc(__ballot_sync(~0u, exists));
+    TileInfo& info = stages_.info[stage];
+    if (lane < kBoxes) info.box_token[lane] = box.token;
+    if (lane == 0) {
+      info.step = step;
+      info.visible = item.visible;
+      info.tokens = tokens;
+    }
+    __syncwarp();
+    Barrier& full = stages_.full[stage];
+    if (lane == 0) full.arrive_and_expect(boxes * 2 * TileShape<kDim>::kBoxBytes);
+    __syncwarp();
+    if (!exists) return;
+    const int32_t in_page = box.token % params_.page_size;
+    const uint32_t at = lane * TileShape<kDim>::kBoxBytes;
+    copy_box(stages_.keys[stage] + at, &maps_.key, full, in_page,
+             params_.key.head_stride == 0 ? 0 : item.kv_head, box.page, policy_);
+    copy_box(stages_.values[stage] + at, &maps_.value, full, in_page,
+             params_.value.head_stride == 0 ? 0 : item.kv_head, box.page, policy_);
+  }
+
+  // Tells every consumer that nothing follows.
+  __device__ void finish() {
+    for (int stage = 0; stage < kStages; ++stage) {
+      wait_for(stage);
+      rounds_ ^= 1u << stage;
+      if (threadIdx.x % 32 != 0) continue;
+      stages_.info[stage].step = -1;
+      stages_.full[stage].arrive();
+    }
+  }
+
+ private:
+  const DecodeParams& params_;
+  const Maps& maps_;
+  Stages<kDim, kStages>& stages_;
+  const uint64_t policy_;
+  uint32_t rounds_ = 0;  // a bit for each stage: how often it was filled, modulo two
+};
+
+// A consuming warp's view of its stage.
+template <class T, int kDim, int kHeadTiles, int kStages>
+class Consumer {
+ public:
+  __device__ Consumer(const DecodeParams& params, Stages<kDim, kStages>& stages,
+                      const QueryTile<T, kDim, kHeadTiles>& query)
+      : stages_(stages),
+        query_(query),
+        attention_(params),
+        num_tiles_(tiles_per_step(params)),
+        stage_(threadIdx.x / 32) {}
+
+  // Computes the next step. Returns its number; -1: there is none. Where `skips()` is true the
+  // step is taken without looking at it.
+  template <class Skips>
+  __device__ int32_t next(const Item& item, const Skips& skips, Partial<kDim, kHeadTiles>& partial,
+                          int32_t& tokens) {
+    int32_t step = 0;
+    tokens = 0;
+    for (int32_t i = 0; i < num_tiles_ && step >= 0; ++i) {
+      stages_.full[stage_].wait(round_);
+      round_ ^= 1;
+      const TileInfo& info = stages_.info[stage_];
+      step = info.step;
+      if (step >= 0 && !skips()) {
+        tokens += info.tokens;
+        attention_.run(item.kv_head, query_, stages_.keys[stage_], stages_.values[stage_], info,
+                       i == 0, partial);
+      }
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) stages_.empty[stage_].arrive();
+    }
+    return step;
+  }
+
+ private:
+  Stages<kDim, kStages>& stages_;
+  const QueryTile<T, kDim, kHeadTiles>& query_;
+  const TileAttention<T, kDim, kHeadTiles> attention_;
+  const int32_t num_tiles_;
+  const int stage_;
+  uint32_t round_ = 0;
+};
+
+}  // namespace art::cuda::sm90

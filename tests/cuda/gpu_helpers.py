@@ -1,0 +1,106 @@
+"""What the tests of the CUDA kernels share: forced schedules, bits, large inputs, dirty memory."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from cases import Inputs
+
+from art_torch import Stability, reference
+from art_torch.ops import DecodeResult, _criterion_arguments, _walk_arguments
+
+# Thread blocks per (sequence, KV head); 0 leaves it to the schedule, 1 is one for each.
+SPLITS = (0, 1, 2, 3, 4, 8, 16, 33)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+by_dtype = {"ids": lambda value: str(value).removeprefix("torch.")}
+
+
+def call_split(inputs, criterion, num_splits, **changes):
+    """Call the operator with a forced number of thread blocks per item."""
+    options = {**inputs.options, **changes}
+    arguments = _walk_arguments(options.pop("walk"), options.pop("num_pinned", None))
+    arguments |= _criterion_arguments(criterion, inputs.tensors[1])
+    operator = torch.ops.art._decode_attention_split
+    return DecodeResult(*operator(*inputs.tensors, **options, **arguments, num_splits=num_splits))
+
+
+def bits(tensor):
+    """The same memory as integers: NaN equals NaN, and -0.0 is not 0.0."""
+    return tensor.contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def same_bits(result, expected):
+    """Whether two results agree in every bit, as a tensor: asking does not wait for the device."""
+    return torch.stack(
+        [(bits(a) == bits(b)).all() for a, b in zip(result, expected, strict=True)]
+    ).all()
+
+
+def assert_same_bits(result, expected, message=""):
+    for name, a, b in zip(DecodeResult._fields, result, expected, strict=True):
+        assert a.shape == b.shape
+        different = int((bits(a) != bits(b)).sum())
+        assert different == 0, f"{name}: {different} of {a.numel()} elements differ {message}"
+
+
+def soil(device, byte):
+    """Leave garbage in the memory that the workspaces of the next calls are cut from."""
+    sizes = [1 << e for e in range(9, 27)]
+    blocks = [torch.full((n,), byte, dtype=torch.uint8, device=device) for n in sizes]
+    del blocks
+
+
+class Remembered(Inputs):
+    """Inputs whose reference is computed once per criterion, for many results to be checked."""
+
+    def __init__(self, tensors, options):
+        super().__init__(tensors, options)
+        self._known = {}
+
+    def call(self, function, **changes):
+        if function is not reference.decode_attention:
+            return super().call(function, **changes)
+        criterion = changes["criterion"]
+        if id(criterion) not in self._known:  # the criterion is kept, so that its id stays its own
+            self._known[id(criterion)] = criterion, super().call(function, **changes)
+        return self._known[id(criterion)][1]
+
+
+@dataclass(frozen=True)
+class Large:
+    """Inputs too large to be made, or to be computed again, on the CPU.
+
+    Sequences differ in how few tokens their attention sits on, so that they stop at very different
+    places.
+    """
+
+    name: str
+    seq_lens: tuple
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    spare_pages: int = 0  # table entries behind those of the longest sequence
+
+    def build(self, dtype, device, seed=0):
+        g = torch.Generator(device).manual_seed(seed)
+        batch, longest = len(self.seq_lens), max(self.seq_lens)
+        max_pages = -(-longest // self.page_size)
+        num_pages = batch * max_pages
+        kind = {"dtype": dtype, "device": device, "generator": g}
+        shape = (num_pages, self.page_size, self.num_kv_heads, self.head_dim)
+        keys, values = torch.randn(shape, **kind), torch.randn(shape, **kind)
+        table = torch.randperm(num_pages, device=device, generator=g).int()
+        table = table.view(batch, max_pages)
+        spare = torch.full((batch, self.spare_pages), -1, dtype=torch.int32, device=device)
+        sharpness = torch.linspace(math.log(3), math.log(16), batch + 2, device=device)[1:-1].exp()
+        query = torch.randn(batch, self.num_q_heads, self.head_dim, **kind)
+        query = query * sharpness.to(dtype)[:, None, None]
+        lens = torch.tensor(self.seq_lens, dtype=torch.int32, device=device)
+        tensors = (query, keys, values, torch.cat([table, spare], 1), lens)
+        return Inputs(tensors, {"walk": "sink_recent"})
+
+
+NEVER = Stability(0.0, 0.0, 10**6)
+EARLY = Stability()
+LATE = Stability(0.1, 5e-3, 20)
