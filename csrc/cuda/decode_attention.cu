@@ -2,6 +2,8 @@
 #include "cuda/decode_attention.h"
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "core/schedule.h"
 #include "cuda/arena.h"
@@ -67,6 +69,17 @@ cudaError_t resident_blocks(const DecodeParams& params, sm80::Entry entry, int64
   return error;
 }
 
+// ART_CUDA names the newest kernels that may be used; -1: it names none.
+int newest_kernels() {
+  static const int newest = [] {
+    const char* name = std::getenv("ART_CUDA");
+    if (name == nullptr || *name == '\0' || std::strcmp(name, "sm90") == 0) return 90;
+    if (std::strcmp(name, "sm80") == 0) return 80;
+    return std::strcmp(name, "portable") == 0 ? 0 : -1;
+  }();
+  return newest;
+}
+
 struct Plan {
   sm90::Plan sm90;
   sm80::Entry entry;  // null: the portable kernels
@@ -85,12 +98,13 @@ int64_t max_steps(const DecodeParams& params) {
 
 cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan) {
   *plan = {{}, nullptr, 1, 1, 0};
-  cudaError_t error = sm90::make_plan(params, num_splits, &plan->sm90);
+  cudaError_t error = cudaSuccess;
+  if (newest_kernels() >= 90) error = sm90::make_plan(params, num_splits, &plan->sm90);
   if (error != cudaSuccess || plan->sm90.can_run) return error;
-  const bool fits = params.dtype != DType::kFloat32 && params.head_dim == params.value_dim &&
-                    params.group_size <= sm80::kMaxGroup && is_aligned(params.key) &&
-                    is_aligned(params.value) && params.query_batch_stride % 2 == 0 &&
-                    params.query_head_stride % 2 == 0 &&
+  const bool fits = newest_kernels() >= 80 && params.dtype != DType::kFloat32 &&
+                    params.head_dim == params.value_dim && params.group_size <= sm80::kMaxGroup &&
+                    is_aligned(params.key) && is_aligned(params.value) &&
+                    params.query_batch_stride % 2 == 0 && params.query_head_stride % 2 == 0 &&
                     reinterpret_cast<uintptr_t>(params.query) % 4 == 0;
   const sm80::Entry entry = fits ? sm80_entry(params) : nullptr;
   if (entry == nullptr) return cudaSuccess;
@@ -153,6 +167,8 @@ cudaError_t launch_portable(const DecodeParams& params, void* workspace, cudaStr
 }
 
 }  // namespace
+
+bool environment_is_valid() { return newest_kernels() >= 0; }
 
 cudaError_t workspace_bytes(const DecodeParams& params, int64_t num_splits, size_t* bytes) {
   Plan plan;

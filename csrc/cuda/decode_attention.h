@@ -9,6 +9,10 @@
 
 namespace art::cuda {
 
+// Whether the environment variable ART_CUDA, where set, is one of sm90, sm80 and portable: the
+// newest kernels that may be used.
+bool environment_is_valid();
+
 // Device memory that a call needs. Known from sizes alone: nothing is read from the device.
 // `num_splits` 0 leaves the number of thread blocks per item to the schedule.
 cudaError_t workspace_bytes(const DecodeParams& params, int64_t num_splits, size_t* bytes);

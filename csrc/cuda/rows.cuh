@@ -29,9 +29,12 @@ __device__ inline int32_t token_at(const DecodeParams& params, const Item& item,
 }
 
 // A page id outside the cache would read foreign memory; it is undefined, but stays inside.
-__device__ inline int64_t page_of(const DecodeParams& params, const Item& item, int32_t token) {
-  const int64_t page = item.block_table[token / params.page_size];
+__device__ inline int64_t page_inside(const DecodeParams& params, int64_t page) {
   return page < 0 ? 0 : (page < params.num_pages ? page : params.num_pages - 1);
+}
+
+__device__ inline int64_t page_of(const DecodeParams& params, const Item& item, int32_t token) {
+  return page_inside(params, item.block_table[token / params.page_size]);
 }
 
 __device__ inline int64_t row_offset(const PagedCache& cache, int64_t page, int32_t in_page,

@@ -39,6 +39,10 @@ void launch_cuda(const DecodeArguments& args, const DecodeParams& params, int64_
   if (params.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
   if (is_checked(args)) check_values_on_device(args, params);
+  if (!cuda::environment_is_valid()) {
+    fail_check(
+        "decode_attention: the environment variable ART_CUDA must be sm90, sm80 or portable");
+  }
   size_t bytes = 0;
   check_launch("decode_attention", cuda::workspace_bytes(params, num_splits, &bytes));
   const Tensor workspace = torch::stable::new_empty(args.query, {static_cast<int64_t>(bytes)},

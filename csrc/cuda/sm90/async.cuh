@@ -106,8 +106,7 @@ __device__ inline void copy_bytes(void* to, const void* from, uint32_t bytes, Ba
       : "memory");
 }
 
-// The way back. A thread's stores are committed in groups; wait_for_stores() returns when all but
-// the latest `kPending` groups have been written.
+// The way back; wait_for_stores() returns when all that this thread stored has been written.
 __device__ inline void store_bytes(void* to, const void* from, uint32_t bytes) {
   asm volatile(
       "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
@@ -115,9 +114,8 @@ __device__ inline void store_bytes(void* to, const void* from, uint32_t bytes) {
       "r"(shared_address(from)), "r"(bytes)
       : "memory");
 }
-template <int kPending>
-__device__ void wait_for_stores() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+__device__ inline void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // Transposes an 8 x 8 matrix of 16-bit elements held by a warp.

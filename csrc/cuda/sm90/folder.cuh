@@ -13,23 +13,29 @@ namespace art::cuda::sm90 {
 constexpr int kFolders = 4;  // warps
 constexpr int kFolderThreads = 32 * kFolders;
 
-// What folding a step means for one head.
+// What folding a step means for one head: the running output times `running`, plus the step's
+// values times `incoming`; its change is the values times `change` minus the former times `share`.
 struct StepFactors {
-  FoldFactors fold;
-  IncrementWeights weights;
+  float running;
+  float incoming;
+  float change;
+  float share;
 };
 
 template <int kDim, int kHeadTiles>
 struct FolderShared {
   static constexpr int kHeads = 8 * kHeadTiles;
-  static constexpr int kBatch = kHeadTiles == 1 ? 8 : 4;  // steps folded at once
+  static constexpr int kBatch = kHeadTiles == 1 && kDim <= 128 ? 8 : 4;  // steps folded at once
   static constexpr int kSlotPieces = slot_pieces(kDim, kHeads / 2);
   static constexpr int kMaxBuffers = 4;
   float4 slots[2 * kBatch * kSlotPieces];  // [buffers, kBatch, slot_pieces()]
   StepFactors factors[kMaxBuffers][kBatch][kHeads];
   SoftmaxState after[kMaxBuffers][kBatch][kHeads];  // state of the running output after a step
-  float moments[2][kFolders][kBatch][kHeads][3];
+  // Each thread's part of the moments of its two heads: (aa, ad, dd) and (aa, ad, dd).
+  float4 moments_a[kBatch][kFolderThreads];
+  float2 moments_b[kBatch][kFolderThreads];
   float scales[kBatch][kHeads];
+  uint32_t verdicts[3];  // for even and odd batches, and for a batch judged again
   struct {
     int32_t first_step;
     int32_t count;  // 0: the item has no more
@@ -43,6 +49,7 @@ struct FolderShared {
       weighed[i].init(1);
       empty[i].init(kFolders);
     }
+    for (uint32_t& verdict : verdicts) verdict = 0;
     finished_item = -1;
   }
 };
@@ -74,7 +81,7 @@ class Fetcher {
       : space_(space),
         shared_(shared),
         lane_(threadIdx.x % 32),
-        pieces_(slot_pieces(kDim, head_pairs(params.group_size))) {}
+        pieces_(slot_pieces(kDim, head_pairs_of<kHeadTiles>(params.group_size))) {}
 
   __device__ void run(int32_t num_steps, int32_t index, Batches& batches) {
     const Ring ring(space_, index, pieces_);
@@ -153,7 +160,7 @@ class Weigher {
       : params_(params),
         shared_(shared),
         lane_(threadIdx.x % 32),
-        pairs_(head_pairs(params.group_size)) {}
+        pairs_(head_pairs_of<kHeadTiles>(params.group_size)) {}
 
   __device__ void run(const Item& item, Batches& batches) {
     SoftmaxState running[kRounds];
@@ -213,7 +220,9 @@ class Weigher {
     running = {__shfl_sync(~0u, after.max, kBatch - 1, kBatch), sum};
     if (g >= params_.group_size) return;
     const float* sink = sink_of(params_, item.kv_head, g);
-    shared_.factors[buffer][i][g] = {factors, increment_weights(incoming, after, factors, sink)};
+    const IncrementWeights weights = increment_weights(incoming, after, factors, sink);
+    shared_.factors[buffer][i][g] = {factors.running, factors.incoming,
+                                     factors.incoming * weights.keep, weights.share};
     shared_.after[buffer][i][g] = after;
   }
 
@@ -228,13 +237,10 @@ template <class T, int kDim, int kHeadTiles>
 class Folder {
   using Shared = FolderShared<kDim, kHeadTiles>;
   static constexpr int kBatch = Shared::kBatch;
-  static constexpr int kHeadsAtOnce = 32 / kBatch;
-  static constexpr int kRounds = Shared::kHeads / kHeadsAtOnce;
+  static constexpr uint32_t kOutOfRange = 1u << 31;  // in a verdict; the other bits are steps
   // Pieces of a step that a thread owns.
   static constexpr int kOwned =
       (value_pieces(kDim, Shared::kHeads / 2) + kFolderThreads - 1) / kFolderThreads;
-  // Sums over a batch: for each step the three moments of the two heads of a thread's pieces.
-  using Sums = float[kBatch][6];
   enum class Pass { kMoments, kLargest, kScaledMoments };
 
  public:
@@ -244,8 +250,15 @@ class Folder {
         shared_(shared),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        pairs_(head_pairs(params.group_size)),
-        pieces_(value_pieces(kDim, pairs_)) {}
+        pairs_(head_pairs_of<kHeadTiles>(params.group_size)),
+        pieces_(value_pieces(kDim, pairs_)),
+        // kFolderThreads is a multiple of the number of pairs.
+        pair_(threadIdx.x % pairs_) {
+    look_.sharers = kFolderThreads / kBatch / pairs_;
+    look_.own = threadIdx.x % look_.sharers;
+    look_.step = threadIdx.x / look_.sharers / pairs_;
+    look_.pair = threadIdx.x / look_.sharers % pairs_;
+  }
 
   __device__ void run(const Item& item, int32_t index, Batches& batches) {
     PatienceCounter patience;
@@ -259,7 +272,7 @@ class Folder {
       shared_.weighed[buffer].wait(batches.parity());
       ++batches.number;
       values_ = shared_.slots + buffer * kBatch * (pieces_ + pairs_);
-      moments_ = shared_.moments[batches.number % 2];
+      verdict_ = batches.number % 2;
       const int32_t first = shared_.info[buffer].first_step, count = shared_.info[buffer].count;
       if (count > 0 && !is_finished) {
         if (threadIdx.x == 0) store_relaxed(&space_.state[index].folded_steps, first + count);
@@ -282,8 +295,7 @@ class Folder {
     bool stops = false;
     if (params_.use_stability) {
       const uint32_t unstable = unstable_steps(item, buffer, first, count, before);
-      for (int32_t i = 0; i < count && !stops; ++i) {
-        if (item.steps.block_of(first + i) == 0) continue;
+      for (int32_t i = first_compared(item, first); i < count && !stops; ++i) {
         stops = patience.completes(!(unstable >> i & 1), params_.patience);
         if (stops) last = i;
       }
@@ -305,14 +317,17 @@ class Folder {
     return true;
   }
 
-  // The two heads of this thread's pieces: kFolderThreads is a multiple of the number of pairs.
-  __device__ int pair() const { return threadIdx.x % pairs_; }
+  // The first step of a batch that is compared with the one before it.
+  __device__ static int32_t first_compared(const Item& item, int32_t first) {
+    const int32_t starting = item.steps.num_start_steps > 1 ? item.steps.num_start_steps : 1;
+    return starting > first ? starting - first : 0;
+  }
 
   __device__ void add(int buffer, int32_t count) {
 #pragma unroll 1
     for (int32_t i = 0; i < count; ++i) {
-      const FoldFactors low = shared_.factors[buffer][i][2 * pair()].fold;
-      const FoldFactors high = shared_.factors[buffer][i][2 * pair() + 1].fold;
+      const StepFactors low = shared_.factors[buffer][i][2 * pair_];
+      const StepFactors high = shared_.factors[buffer][i][2 * pair_ + 1];
 #pragma unroll
       for (int k = 0; k < kOwned; ++k) {
         const int piece = threadIdx.x + k * kFolderThreads;
@@ -322,26 +337,29 @@ class Folder {
     }
   }
 
-  __device__ static void fold_piece(float4& a, const float4& p, const FoldFactors& low,
-                                    const FoldFactors& high) {
+  __device__ static void fold_piece(float4& a, const float4& p, const StepFactors& low,
+                                    const StepFactors& high) {
     a.x = fmaf(p.x, low.incoming, a.x * low.running);
     a.y = fmaf(p.y, high.incoming, a.y * high.running);
     a.z = fmaf(p.z, low.incoming, a.z * low.running);
     a.w = fmaf(p.w, high.incoming, a.w * high.running);
   }
 
+  __device__ static void synchronize() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kFolderThreads) : "memory");
+  }
+
   // Folds the batch into running_, and returns a bit for each step that is not stable.
   __device__ uint32_t unstable_steps(const Item& item, int buffer, int32_t first, int32_t count,
                                      const float4 (&before)[kOwned]) {
-    uint32_t out_of_range = 0;
-    const uint32_t unstable = judge<Pass::kMoments>(item, buffer, first, count, out_of_range);
-    if (!__any_sync(~0u, out_of_range)) return unstable;
-    synchronize();
+    bool out_of_range = false;
+    const uint32_t verdict =
+        judge<Pass::kMoments>(item, buffer, first, count, verdict_, out_of_range);
+    if (!(verdict & kOutOfRange)) return verdict;
     restore(before);
-    judge<Pass::kLargest>(item, buffer, first, count, out_of_range);
-    synchronize();
+    judge<Pass::kLargest>(item, buffer, first, count, 2, out_of_range);
     restore(before);
-    return judge<Pass::kScaledMoments>(item, buffer, first, count, out_of_range);
+    return judge<Pass::kScaledMoments>(item, buffer, first, count, 2, out_of_range);
   }
 
   __device__ void restore(const float4 (&before)[kOwned]) {
@@ -349,59 +367,62 @@ class Folder {
     for (int k = 0; k < kOwned; ++k) running_[k] = before[k];
   }
 
-  __device__ static void synchronize() {
-    asm volatile("bar.sync 1, %0;" ::"n"(kFolderThreads) : "memory");
-  }
-
-  // `out_of_range` has a bit for each round of evaluate() whose moments left the range of float32.
+  // `verdict`: the word that collects what the threads find; `out_of_range`: the moments this
+  // thread looks at left the range of float32 in the first pass.
   template <Pass kPass>
-  __device__ uint32_t judge(const Item& item, int buffer, int32_t first, int32_t count,
-                            uint32_t& out_of_range) {
-    Sums sums = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (i < count) sum_step<kPass>(buffer, i, sums[i]);
-    }
-    // What is written over was read two batches ago, and there was a barrier since.
-    exchange<kPass>(sums);
+  __device__ uint32_t judge(const Item& item, int buffer, int32_t first, int32_t count, int verdict,
+                            bool& out_of_range) {
+#pragma unroll 4
+    for (int32_t i = 0; i < count; ++i) sum_step<kPass>(buffer, i);
     synchronize();
-    return evaluate<kPass>(item, first, count, out_of_range);
+    // Everybody has read what a later batch writes to.
+    if (threadIdx.x == 0) shared_.verdicts[kPass == Pass::kMoments ? verdict_ ^ 1 : 2] = 0;
+    if (kPass == Pass::kScaledMoments) synchronize();
+    const uint32_t found = look<kPass>(item, first, count, out_of_range);
+    const uint32_t all = __reduce_or_sync(~0u, found);
+    if (all != 0 && lane_ == 0) atomicOr(&shared_.verdicts[verdict], all);
+    synchronize();
+    return *const_cast<volatile uint32_t*>(&shared_.verdicts[verdict]);
   }
 
   template <Pass kPass>
-  __device__ static void take(float a, float d, float (&sums)[6], int head) {
+  __device__ static void take(float a, float d, float (&moments)[3]) {
     if (kPass == Pass::kLargest) {
-      sums[3 * head] = fmaxf(sums[3 * head], fmaxf(fabsf(a), fabsf(d)));
+      moments[0] = fmaxf(moments[0], fmaxf(fabsf(a), fabsf(d)));
       return;
     }
-    sums[3 * head] = fmaf(a, a, sums[3 * head]);
-    sums[3 * head + 1] = fmaf(a, d, sums[3 * head + 1]);
-    sums[3 * head + 2] = fmaf(d, d, sums[3 * head + 2]);
+    moments[0] = fmaf(a, a, moments[0]);
+    moments[1] = fmaf(a, d, moments[1]);
+    moments[2] = fmaf(d, d, moments[2]);
   }
 
+  // Folds a step and leaves this thread's part of its moments.
   template <Pass kPass>
-  __device__ void sum_step(int buffer, int i, float (&sums)[6]) {
-    const StepFactors low = shared_.factors[buffer][i][2 * pair()];
-    const StepFactors high = shared_.factors[buffer][i][2 * pair() + 1];
-    const bool scaled = kPass == Pass::kScaledMoments;
-    const float scale[2] = {scaled ? shared_.scales[i][2 * pair()] : 1.0f,
-                            scaled ? shared_.scales[i][2 * pair() + 1] : 1.0f};
-    const auto element = [&](float& a, float p, const StepFactors& f, int head) {
-      const float kept = a * f.fold.running, added = p * f.fold.incoming;
-      a = fmaf(p, f.fold.incoming, kept);
-      const float old = kept * scale[head];
-      take<kPass>(old, added * (f.weights.keep * scale[head]) - old * f.weights.share, sums, head);
+  __device__ void sum_step(int buffer, int i) {
+    const StepFactors factors[2] = {shared_.factors[buffer][i][2 * pair_],
+                                    shared_.factors[buffer][i][2 * pair_ + 1]};
+    float moments[2][3] = {};
+    const auto element = [&](float& a, float p, int head) {
+      const StepFactors& f = factors[head];
+      const float scale =
+          kPass == Pass::kScaledMoments ? shared_.scales[i][2 * pair_ + head] : 1.0f;
+      const float kept = a * f.running, old = kept * scale;
+      a = fmaf(p, f.incoming, kept);
+      take<kPass>(old, p * (f.change * scale) - old * f.share, moments[head]);
     };
 #pragma unroll
     for (int k = 0; k < kOwned; ++k) {
       const int piece = threadIdx.x + k * kFolderThreads;
       if (piece >= pieces_) continue;
       const float4 p = values_[i * (pieces_ + pairs_) + piece];
-      element(running_[k].x, p.x, low, 0);
-      element(running_[k].y, p.y, high, 1);
-      element(running_[k].z, p.z, low, 0);
-      element(running_[k].w, p.w, high, 1);
+      element(running_[k].x, p.x, 0);
+      element(running_[k].y, p.y, 1);
+      element(running_[k].z, p.z, 0);
+      element(running_[k].w, p.w, 1);
     }
+    shared_.moments_a[i][threadIdx.x] =
+        make_float4(moments[0][0], moments[0][1], moments[0][2], moments[1][0]);
+    shared_.moments_b[i][threadIdx.x] = make_float2(moments[1][1], moments[1][2]);
   }
 
   template <Pass kPass>
@@ -409,69 +430,43 @@ class Folder {
     return kPass == Pass::kLargest ? fmaxf(x, y) : x + y;
   }
 
-  // Sums over the lanes of the same pair of heads. While lanes are told apart by the high bits of
-  // their number, each half keeps half of the steps, so that all of it takes about one shuffle a
-  // value; lane l ends with step `reversed(l / (32 / kBatch))`.
+  // Every step and pair of heads is looked at by a few threads; they add up the parts of all others
+  // and judge a head each. Returns this thread's part of the verdict.
   template <Pass kPass>
-  __device__ void exchange(Sums& sums) {
+  __device__ uint32_t look(const Item& item, int32_t first, int32_t count, bool& out_of_range) {
+    const int own = look_.own, i = look_.step, pair = look_.pair, sharers = look_.sharers;
+    float moments[2][3] = {};
 #pragma unroll
-    for (int half = kBatch / 2, other = 16; half > 0; half /= 2, other /= 2) {
-      const bool upper = lane_ & other;
-#pragma unroll
-      for (int i = 0; i < kBatch / 2; ++i) {
-        if (i >= half) continue;
-#pragma unroll
-        for (int c = 0; c < 6; ++c) {
-          const float sent = upper ? sums[i][c] : sums[i + half][c];
-          const float kept = upper ? sums[i + half][c] : sums[i][c];
-          sums[i][c] = combine<kPass>(kept, __shfl_xor_sync(~0u, sent, other));
-        }
+    for (int k = 0; k < kBatch; ++k) {
+      const int thread = pair + pairs_ * (own + sharers * k);
+      if (i >= count) continue;
+      const float4 a = shared_.moments_a[i][thread];
+      const float2 b = shared_.moments_b[i][thread];
+      const float part[2][3] = {{a.x, a.y, a.z}, {a.w, b.x, b.y}};
+      for (int j = 0; j < 6; ++j) {
+        moments[j / 3][j % 3] = combine<kPass>(moments[j / 3][j % 3], part[j / 3][j % 3]);
       }
     }
-    for (int other = 16 / kBatch; other >= pairs_; other /= 2) {
-#pragma unroll
-      for (int c = 0; c < 6; ++c) {
-        sums[0][c] = combine<kPass>(sums[0][c], __shfl_xor_sync(~0u, sums[0][c], other));
+    for (int other = sharers / 2; other > 0; other /= 2) {
+      for (int j = 0; j < 6; ++j) {
+        float& x = moments[j / 3][j % 3];
+        x = combine<kPass>(x, __shfl_xor_sync(~0u, x, other));
       }
     }
-    const int low = lane_ % kHeadsAtOnce, i = lane_ / kHeadsAtOnce;
-    if (low >= pairs_) return;
-#pragma unroll
-    for (int c = 0; c < 6; ++c) {
-      moments_[warp_][i][2 * low + c / 3][c % 3] = sums[0][c];
+    const int32_t g = 2 * pair + own % 2;
+    const bool compares =
+        i < count && own < 2 && g < params_.group_size && item.steps.block_of(first + i) > 0;
+    const IncrementMoments sums =
+        own % 2 == 0 ? IncrementMoments{moments[0][0], moments[0][1], moments[0][2]}
+                     : IncrementMoments{moments[1][0], moments[1][1], moments[1][2]};
+    if (!compares) return 0;
+    if (kPass == Pass::kLargest) {
+      shared_.scales[i][g] = out_of_range ? moment_scale(sums.aa) : 1.0f;
+      return 0;
     }
-  }
-
-  // Lane l looks at step l % kBatch of some heads; every warp comes to the same result.
-  template <Pass kPass>
-  __device__ uint32_t evaluate(const Item& item, int32_t first, int32_t count,
-                               uint32_t& out_of_range) {
-    const int i = lane_ % kBatch;
-    const bool compares = i < count && item.steps.block_of(first + i) > 0;
-    const StabilityThresholds thresholds = thresholds_of(params_, item.kv_head);
-    bool stable = true;
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const int32_t g = r * kHeadsAtOnce + lane_ / kBatch;
-      if (g >= params_.group_size || !compares) continue;
-      float sums[3] = {};
-      for (int warp = 0; warp < kFolders; ++warp) {
-        for (int c = 0; c < 3; ++c) {
-          sums[c] = combine<kPass>(sums[c], moments_[warp][i][g][c]);
-        }
-      }
-      if (kPass == Pass::kLargest) {
-        shared_.scales[i][g] = out_of_range >> r & 1 ? moment_scale(sums[0]) : 1.0f;
-        continue;
-      }
-      const IncrementMoments moments = {sums[0], sums[1], sums[2]};
-      if (kPass == Pass::kMoments && !in_range(moments)) out_of_range |= 1u << r;
-      stable = stable && is_stable(output_change(moments), thresholds);
-    }
-    uint32_t unstable = __ballot_sync(~0u, !stable);
-#pragma unroll
-    for (int shift = 16; shift >= kBatch; shift /= 2) unstable |= unstable >> shift;
-    return unstable;
+    if (kPass == Pass::kMoments) out_of_range = !in_range(sums);
+    const bool stable = is_stable(output_change(sums), thresholds_of(params_, item.kv_head));
+    return (stable ? 0 : 1u << i) | (out_of_range ? kOutOfRange : 0);
   }
 
   // `states` of the heads; null: nothing was read.
@@ -483,7 +478,7 @@ class Folder {
     SoftmaxState state[2];
 #pragma unroll
     for (int head = 0; head < 2; ++head) {
-      const int32_t g = 2 * pair() + head;
+      const int32_t g = 2 * pair_ + head;
       if (states != nullptr && g < params_.group_size) state[head] = states[g];
       shares[head] = 1.0f / denominator_of(state[head], sink_of(params_, item.kv_head, g));
       if (threadIdx.x < pairs_ && g < params_.group_size) {
@@ -495,12 +490,12 @@ class Folder {
       const int piece = threadIdx.x + k * kFolderThreads;
       if (piece >= pieces_) continue;
       const int d = piece / (8 * pairs_) * 16 + piece / pairs_ % 8;
-      T* low = static_cast<T*>(params_.out) + (first_row + 2 * pair()) * kDim + d;
-      if (2 * pair() < params_.group_size) {
+      T* low = static_cast<T*>(params_.out) + (first_row + 2 * pair_) * kDim + d;
+      if (2 * pair_ < params_.group_size) {
         low[0] = Mma<T>::round(running_[k].x * shares[0]);
         low[8] = Mma<T>::round(running_[k].z * shares[0]);
       }
-      if (2 * pair() + 1 < params_.group_size) {
+      if (2 * pair_ + 1 < params_.group_size) {
         low[kDim] = Mma<T>::round(running_[k].y * shares[1]);
         low[kDim + 8] = Mma<T>::round(running_[k].w * shares[1]);
       }
@@ -527,10 +522,15 @@ class Folder {
   Shared& shared_;
   const int warp_, lane_;
   const int pairs_, pieces_;
+  const int pair_;  // the two heads of this thread's pieces
   float4 running_[kOwned];
+  // What this thread looks at when a batch is judged, shared with others.
+  struct {
+    int sharers, own, step, pair;
+  } look_;
   // Of the batch at hand.
   const float4* values_;
-  float (*moments_)[kBatch][Shared::kHeads][3];  // [kFolders]
+  int verdict_;
 };
 
 }  // namespace art::cuda::sm90

@@ -24,7 +24,7 @@ Entries entries(int32_t group_size) {
   // 128.
   const auto make = [](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    Entries made = {nullptr, run_team<T, kDim, kTiles>, num_stages(kDim, kTiles)};
+    Entries made = {nullptr, run_team<T, kDim, kTiles>, num_team_stages(kDim, kTiles)};
     if constexpr (kDim * kTiles <= 256 && kDim < 256) made.solo = run_solo<T, kDim, kTiles>;
     return made;
   };

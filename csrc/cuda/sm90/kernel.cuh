@@ -21,6 +21,15 @@ constexpr int num_stages(int head_dim, int head_tiles) {
   return 3;
 }
 
+// The same for teams, whose thread blocks have more warps and so fewer registers for each.
+constexpr int num_team_blocks(int head_dim, int head_tiles) {
+  const int blocks = num_blocks(head_dim, head_tiles);
+  return head_dim == 128 && head_tiles == 2 ? 1 : (blocks < 2 ? blocks : 2);
+}
+constexpr int num_team_stages(int head_dim, int head_tiles) {
+  return head_dim == 128 ? 3 : num_stages(head_dim, head_tiles);
+}
+
 __device__ inline unsigned char* aligned(unsigned char* memory) {
   const auto address = reinterpret_cast<uintptr_t>(memory);
   return memory + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;

@@ -28,12 +28,13 @@ struct alignas(32) TeamState {
 // there are more items than teams, a team takes every num_teams-th item.
 struct TeamSpace {
   int32_t num_teams;
-  int32_t workers;     // of each team
-  int32_t ring_steps;  // a power of two
-  TeamState* state;    // [items]
-  int32_t* written;    // [items, ring_steps]: number of the step in a slot, plus one; zero before
-                       // the launch
-  float4* slots;       // [items, ring_steps, slot_pieces()]
+  int32_t workers;      // of each team
+  int32_t claim_steps;  // that a worker claims at once
+  int32_t ring_steps;   // a power of two
+  TeamState* state;     // [items]
+  int32_t* written;     // [items, ring_steps]: number of the step in a slot, plus one; zero before
+                        // the launch
+  float4* slots;        // [items, ring_steps, slot_pieces()]
 };
 
 // A step's result for all heads, in pieces of 16 bytes: [head_dim / 16][8][head pairs] of values,
@@ -42,6 +43,11 @@ ART_HD constexpr int head_pairs(int group_size) {
   int pairs = 1;
   while (2 * pairs < group_size) pairs *= 2;
   return pairs;
+}
+// With two head tiles there are always eight.
+template <int kHeadTiles>
+ART_HD constexpr int head_pairs_of(int group_size) {
+  return kHeadTiles == 2 ? 8 : head_pairs(group_size);
 }
 ART_HD constexpr int value_pieces(int head_dim, int pairs) { return head_dim / 16 * 8 * pairs; }
 ART_HD constexpr int slot_pieces(int head_dim, int pairs) {
@@ -56,7 +62,7 @@ struct Entries {
                       int* blocks);
   cudaError_t (*team)(const DecodeParams&, const ListedWalks&, const Maps&, const TeamSpace&,
                       cudaStream_t, int* blocks);
-  int stages;  // tiles that a thread block holds
+  int stages;  // tiles that a worker holds
 };
 
 // For 8 or 16 query heads; defined in one file per dtype and head size.

@@ -84,27 +84,25 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
                       : !params.batch_invariant && cuda_runs_solo(items, residency.multiprocessors);
   plan->is_solo = plan->is_solo && plan->entries.solo != nullptr;
   if (plan->is_solo) return residency_of(params, plan->entries, true, &residency);
-  const CudaTeams teams = cuda_teams(items, residency.multiprocessors, residency.total(),
-                                     max_steps(params), plan->entries.stages, num_splits);
-  plan->num_teams = teams.teams;
-  plan->workers = teams.workers;
-  plan->ring_steps = teams.ring_steps;
+  plan->teams = cuda_teams(items, residency.multiprocessors, residency.total(), max_steps(params),
+                           plan->entries.stages, num_splits);
   return cudaSuccess;
 }
 
 cudaError_t run(const DecodeParams& params, const Plan& plan, Arena& arena, bool measure_only,
                 cudaStream_t stream) {
   const size_t items = num_items(params);
-  TeamSpace space = {plan.num_teams, plan.workers, plan.ring_steps};
+  const CudaTeams& teams = plan.teams;
+  TeamSpace space = {teams.teams, teams.workers, teams.claim_steps, teams.ring_steps};
   const size_t zeroed_from = arena.used();
   if (!plan.is_solo) {
     space.state = arena.take<TeamState>(items);
-    space.written = arena.take<int32_t>(items * plan.ring_steps);
+    space.written = arena.take<int32_t>(items * teams.ring_steps);
   }
   const size_t zeroed = arena.used() - zeroed_from;
   if (!plan.is_solo) {
     const int pieces = slot_pieces(params.head_dim, head_pairs(params.group_size));
-    space.slots = arena.take<float4>(items * plan.ring_steps * pieces);
+    space.slots = arena.take<float4>(items * teams.ring_steps * pieces);
   }
   ListedWalks walks = {};
   const bool is_listed = params.walk_order == WalkOrder::kExplicit;

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/schedule.h"
 #include "cuda/arena.h"
 #include "cuda/sm90/launch.h"
 
@@ -12,9 +13,7 @@ struct Plan {
   bool can_run;
   bool is_solo;
   Entries entries;
-  int32_t num_teams;
-  int32_t workers;  // of each team
-  int32_t ring_steps;
+  CudaTeams teams;
 };
 
 cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan);

@@ -11,8 +11,8 @@ namespace art::cuda::sm90 {
 
 // One box of a tile; a lane of the producing warp holds it.
 struct Box {
-  int32_t token;  // the first one; -1: no box
-  int32_t page;
+  int32_t token;    // the first one; -1: no box
+  int32_t page;     // as the table has it
   int32_t visible;  // tokens
 };
 
@@ -33,7 +33,7 @@ __device__ inline Box find_box(const DecodeParams& params, const Item& item, int
   const int32_t end = token + kBoxTokens < item.visible.end ? token + kBoxTokens : item.visible.end;
   // A box without a visible token would ask for a page that may not exist.
   if (begin >= end) return {-1, 0, 0};
-  return {token, static_cast<int32_t>(page_of(params, item, token)), end - begin};
+  return {token, item.block_table[token / params.page_size], end - begin};
 }
 
 // Stages as the producing warp sees them: it waits for one to be empty, fills it, and so on.
@@ -82,12 +82,13 @@ class Producer {
     if (lane == 0) full.arrive_and_expect(boxes * 2 * TileShape<kDim>::kBoxBytes);
     __syncwarp();
     if (!exists) return;
+    const int32_t page = page_inside(params_, box.page);
     const int32_t in_page = box.token % params_.page_size;
     const uint32_t at = lane * TileShape<kDim>::kBoxBytes;
     copy_box(stages_.keys[stage] + at, &maps_.key, full, in_page,
-             params_.key.head_stride == 0 ? 0 : item.kv_head, box.page, policy_);
+             params_.key.head_stride == 0 ? 0 : item.kv_head, page, policy_);
     copy_box(stages_.values[stage] + at, &maps_.value, full, in_page,
-             params_.value.head_stride == 0 ? 0 : item.kv_head, box.page, policy_);
+             params_.value.head_stride == 0 ? 0 : item.kv_head, page, policy_);
   }
 
   // Tells every consumer that nothing follows.

@@ -17,11 +17,6 @@ namespace art::cuda::sm90 {
 // Four warps that compute or fold, and two that serve them.
 constexpr int kTeamThreads = 32 * 6;
 
-constexpr int num_team_blocks(int head_dim, int head_tiles) {
-  const int blocks = num_blocks(head_dim, head_tiles);
-  return blocks < 2 ? blocks : 2;
-}
-
 template <class T, int kDim, int kHeadTiles>
 __device__ void fold_items(const DecodeParams& params, const ListedWalks& walks,
                            const TeamSpace& space, int32_t team,
@@ -36,8 +31,8 @@ __device__ void fold_items(const DecodeParams& params, const ListedWalks& walks,
   Weigher<kDim, kHeadTiles> weigher(params, shared);
   Folder<T, kDim, kHeadTiles> folder(params, space, shared);
   const int32_t num_items = params.batch * params.num_kv_heads;
-  auto batches =
-      batches_of<FolderShared<kDim, kHeadTiles>>(slot_pieces(kDim, head_pairs(params.group_size)));
+  auto batches = batches_of<FolderShared<kDim, kHeadTiles>>(
+      slot_pieces(kDim, head_pairs_of<kHeadTiles>(params.group_size)));
   for (int32_t index = team; index < num_items; index += space.num_teams) {
     const Item item = find_item(params, walks, index);
     if (warp < kFolders) folder.run(item, index, batches);
@@ -54,7 +49,7 @@ __device__ void compute_items(const DecodeParams& params, const ListedWalks& wal
   if (threadIdx.x == 0) {
     prefetch_map(&maps.key);
     prefetch_map(&maps.value);
-    shared.init();
+    shared.stages.init();
     fence_barrier_init();
   }
   // Their initialisation is seen after the first barrier of run().

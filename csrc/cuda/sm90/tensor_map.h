@@ -59,14 +59,15 @@ inline cudaError_t encode_map(const PagedCache& cache, const DecodeParams& param
                                  stride(cache.page_stride, params.num_pages)};
   const cuuint32_t box[5] = {chunk, kBoxTokens, chunks, 1, 1};
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode(map,
-             params.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             5, const_cast<void*>(cache.data), dims, strides, box, element_strides,
-             CU_TENSOR_MAP_INTERLEAVE_NONE,
-             chunk == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      map,
+      params.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                      : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      5, const_cast<void*>(cache.data), dims, strides, box, element_strides,
+      // Fetching 256 bytes ahead costs 7 % on an H200: the copies already ask for whole rows.
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      chunk == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -57,13 +57,15 @@ struct TileInfo {
 template <class T, int kDim, int kHeadTiles>
 struct QueryTile {
   static constexpr int kStride = kDim + 8;
-  T rows[8 * kHeadTiles][kStride];
+  alignas(16) T rows[8 * kHeadTiles][kStride];
 
   // Called by `num_threads` threads; heads that do not exist become zeros.
   __device__ void load(const DecodeParams& params, int32_t batch, int32_t first_head,
                        int32_t num_heads, int thread, int num_threads) {
     const T* query = static_cast<const T*>(params.query) + batch * params.query_batch_stride +
                      first_head * params.query_head_stride;
+    // Once an item: not worth registers for the addresses.
+#pragma unroll 1
     for (int i = thread; i < 8 * kHeadTiles * kDim / 2; i += num_threads) {
       const int g = i / (kDim / 2), d = 2 * (i % (kDim / 2));
       const auto* pair =
