@@ -25,6 +25,16 @@ def arguments(device="cpu"):
     return {name: tensor.to(device) for name, tensor in given.items()}
 
 
+def moved(changes, device):
+    """The same on a device; `Tensor.to` would give a strided tensor other strides."""
+    return {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+        if isinstance(x, torch.Tensor)
+        else x
+        for name, x in changes.items()
+    }
+
+
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -178,9 +188,7 @@ BAD_FOR_OPERATORS = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_argument(name, device):
     changes, kind, words = BAD[name]
-    given = arguments(device) | {
-        k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in changes.items()
-    }
+    given = arguments(device) | moved(changes, device)
     assert_refused(decode_attention, given, kind, words)
     assert_refused(reference.decode_attention, given, kind, words)
 
@@ -188,9 +196,7 @@ def test_bad_argument(name, device):
 @pytest.mark.parametrize("name", BAD_FOR_OPERATORS)
 def test_bad_argument_of_the_operator(name, device):
     changes, kind, words = BAD_FOR_OPERATORS[name]
-    given = arguments(device) | {
-        k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in changes.items()
-    }
+    given = arguments(device) | moved(changes, device)
     assert_refused(decode_attention, given, kind, words)
 
 
@@ -198,7 +204,7 @@ def test_the_call_without_changes_is_good(device):
     given = arguments(device)
     for function in (decode_attention, reference.decode_attention):
         assert call(function, given).tokens_read.tolist() == [[40, 40], [20, 20]]
-        read = call(function, given | explicit(GOOD_WALK)).tokens_read
+        read = call(function, given | moved(explicit(GOOD_WALK), device)).tokens_read
         assert read.tolist() == [[32, 24], [20, 20]]
 
 
