@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT
-from gpu_report import COLUMNS, EXPLANATION, cases_of, cells, verdicts
+from gpu_report import COLUMNS, EXPLANATION, cases_of, cells
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -111,10 +111,6 @@ def walks_table(results: Results) -> str:
 
 
 def gpu_table(results: Results) -> str:
-    goals = [
-        [verdict.title, verdict.at, f"{verdict.value:.3f}", verdict.bound, verdict.text]
-        for verdict in verdicts(results["rows"])
-    ]
     points = [
         [f"`{name}`", *texts] for name, *texts in map(cells, cases_of(results["rows"]).values())
     ]
@@ -122,7 +118,6 @@ def gpu_table(results: Results) -> str:
     head = f"A plain read reaches {ceiling:,.0f} GB/s. " if ceiling else ""
     return (
         f"{head}{conditions(results)}.\n\n"
-        f"{markdown(['ratio', 'worst at', 'value', 'goal', ''], goals, left=2)}\n"
         f"{EXPLANATION}\n\n{markdown(list(COLUMNS), points)}"
     )
 
