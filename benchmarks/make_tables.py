@@ -116,10 +116,7 @@ def gpu_table(results: Results) -> str:
     ]
     ceiling = results["ceiling_gbps"]
     head = f"A plain read reaches {ceiling:,.0f} GB/s. " if ceiling else ""
-    return (
-        f"{head}{conditions(results)}.\n\n"
-        f"{EXPLANATION}\n\n{markdown(list(COLUMNS), points)}"
-    )
+    return f"{head}{conditions(results)}.\n\n{EXPLANATION}\n\n{markdown(list(COLUMNS), points)}"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
