@@ -53,6 +53,33 @@ def report(request):
     return add
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--name-failures",
+        action="store_true",
+        help="name a test as soon as it fails: a long run that is cut off still tells",
+    )
+
+
+class FailureNames:
+    """Names tests when they fail, and not only at the end."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            reason = getattr(report.longrepr, "reprcrash", None)
+            what = reason.message.splitlines()[0] if reason and reason.message else report.when
+            terminal.write_line(f"\nFAILED {report.nodeid}: {what}")
+
+
+def pytest_configure(config):
+    if config.getoption("--name-failures") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailureNames(config))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print figures that tests bound but that are worth seeing."""
     reports = [report for some in terminalreporter.stats.values() for report in some]

@@ -131,6 +131,7 @@ def run_tests(workers: str, more: list[str]) -> Part:
     environment = with_package_on_path()
     ignored = left_out()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
+    command += ["--name-failures"]
     command += [f"--ignore={path}" for path in ignored]
     side_by_side = workers != "1" and importlib.util.find_spec("xdist") is not None
     if side_by_side:
