@@ -84,38 +84,40 @@ ART_HD bool cuda_runs_solo(int64_t num_items, int64_t multiprocessors) {
   return 4 * num_items >= 3 * multiprocessors;
 }
 
-// Teams of thread blocks on a GPU: as many as there are items, as long as two thread blocks for
-// each fit beside each other.
-struct CudaTeams {
-  int32_t teams;
-  int32_t workers;      // of each team, besides the thread block that folds
-  int32_t claim_steps;  // that a worker claims at once
-  int32_t ring_steps;   // steps that may wait for the fold, a power of two
+// Thread blocks of a cluster that computes one item on a GPU: the most with which all clusters are
+// resident at once, for what a lone thread block reads is limited; but no more than a quarter of
+// the steps there are to share. `max_clusters`: clusters of 2, 4 and 8 that the device holds.
+// 0: not even pairs fit, and one thread block per item is better.
+ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps,
+                                   const int32_t (&max_clusters)[3]) {
+  for (int i = 2; i >= 0; --i) {
+    const int32_t blocks = 2 << i;
+    const bool has_steps = i == 0 || 4 * blocks <= max_steps;
+    if (has_steps && num_items <= max_clusters[i]) return blocks;
+  }
+  return 0;
+}
+
+// Sizes of what the thread blocks of a cluster exchange; all are powers of two.
+struct CudaExchange {
+  int32_t batch_steps;  // folded and judged at once: 8 at most
+  int32_t ring_steps;   // results that wait to be folded, or for the verdict on them
+  int32_t pending;      // batches that may wait for their verdict
 };
 
-// A worker takes 1.1 us for a step of 64 tokens, folding takes 0.14 us (0.3 with a criterion; H200,
-// head_dim 128): more than eight workers only read further past a stop. `num_splits` other than 0
-// sets the workers of each team.
-ART_HD CudaTeams cuda_teams(int64_t num_items, int64_t multiprocessors, int64_t resident_blocks,
-                            int64_t max_steps, int64_t stages, int64_t num_splits) {
-  int64_t teams = resident_blocks / 2;
-  if (num_items < teams) teams = num_items;
-  if (teams < 1) teams = 1;
-  constexpr int64_t kMaxWorkers = 8;
-  int64_t workers = (multiprocessors + teams - 1) / teams;
-  if (workers > kMaxWorkers) workers = kMaxWorkers;
-  if (num_splits > 0) workers = num_splits;
-  if (workers > resident_blocks / teams - 1) workers = resident_blocks / teams - 1;
-  if (workers > max_steps) workers = max_steps;
-  if (workers < 1) workers = 1;
-  // A claim takes as long as a few steps do, but a worker should make several of them.
-  int64_t claim = max_steps / (4 * workers);
-  claim = claim < 1 ? 1 : (claim > 4 ? 4 : claim);
-  // Each worker has claimed the steps in its stages and three claims more.
-  int64_t ring = 16;
-  while (ring < workers * (stages + 3 * claim)) ring *= 2;
-  return {static_cast<int32_t>(teams), static_cast<int32_t>(workers), static_cast<int32_t>(claim),
-          static_cast<int32_t>(ring)};
+// The largest that fit into `room` bytes. A slot holds a step's result, an inbox the moments of a
+// step. Small clusters take longer for a batch, and stop later with long ones.
+ART_HD CudaExchange cuda_exchange(int32_t blocks, int32_t slot_bytes, int32_t inbox_bytes,
+                                  int32_t room) {
+  for (int32_t batch = blocks == 2 ? 4 : 8; batch > 1; batch /= 2) {
+    for (int32_t batches = 8; batches >= 4; batches /= 2) {
+      for (int32_t pending = 2; pending >= 1; --pending) {
+        const int64_t bytes = int64_t{batch} * (batches * slot_bytes + pending * inbox_bytes);
+        if (bytes <= room) return {batch, batch * batches, pending};
+      }
+    }
+  }
+  return {1, 2, 1};
 }
 
 // Waking another thread costs about 5 us, as much as three steps of 64 tokens and four heads.

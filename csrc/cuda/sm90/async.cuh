@@ -37,6 +37,13 @@ struct Barrier {
         "r"(bytes)
         : "memory");
   }
+  // Takes back bytes that were expected and will not land.
+  __device__ void complete(uint32_t bytes) {
+    asm volatile(
+        "mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)),
+        "r"(bytes)
+        : "memory");
+  }
   // Waits for the end of the phase with this parity; phases are numbered from 0.
   __device__ void wait(uint32_t parity) {
     uint32_t over;
@@ -71,7 +78,6 @@ __device__ inline void fence_barrier_init() {
 }
 
 // Orders ordinary accesses before later ones of the copy engine.
-__device__ inline void fence_copy_engine() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ inline void fence_copy_engine_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -97,25 +103,51 @@ __device__ inline void copy_box(void* to, const CUtensorMap* map, Barrier& barri
       : "memory");
 }
 
-// Copies contiguous bytes, a multiple of 16 on both sides.
-__device__ inline void copy_bytes(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+// ---- Clusters: thread blocks that reach into one another's shared memory.
+
+__device__ inline int32_t cluster_rank() {
+  int32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of a cluster meet. Arriving releases what a thread wrote, its words to other thread
+// blocks too; after a relaxed arrival only the initialisation of barriers is seen.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The address in another thread block of what lies at `here` in this one.
+__device__ inline uint32_t remote_address(const volatile void* here, int32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(shared_address(const_cast<const void*>(here))), "r"(rank));
+  return there;
+}
+
+// Lands some time; the barrier, of the same thread block as the destination, counts its bytes.
+__device__ inline void send(uint32_t to, const float4& value, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
       : "memory");
 }
 
-// The way back; wait_for_stores() returns when all that this thread stored has been written.
-__device__ inline void store_bytes(void* to, const void* from, uint32_t bytes) {
-  asm volatile(
-      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
-      "cp.async.bulk.commit_group;" ::"l"(to),
-      "r"(shared_address(from)), "r"(bytes)
-      : "memory");
+// A single word, and a single arrival; neither orders anything else.
+__device__ inline void send_word(uint32_t to, int32_t value) {
+  asm volatile("st.relaxed.cluster.shared::cluster.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
-__device__ inline void wait_for_stores() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+__device__ inline void arrive_remotely(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
 }
 
 // Transposes an 8 x 8 matrix of 16-bit elements held by a warp.

@@ -1,536 +1,423 @@
-// The thread block of a team that folds. One warp waits for steps and has the copy engine bring
-// them in batches; one forms the scalars of the fold for the steps of a batch in parallel; four
-// fold the values in walk order and decide.
+// The warps of a cluster that fold: each its slices of all steps, in walk order.
 #pragma once
 
-#include "cuda/sm90/kernel.cuh"
+#include "cuda/sm90/exchange.cuh"
 #include "cuda/sm90/output.cuh"
-#include "cuda/sm90/ring.cuh"
-#include "cuda/sm90/tile.cuh"
 
 namespace art::cuda::sm90 {
 
-constexpr int kFolders = 4;  // warps
-constexpr int kFolderThreads = 32 * kFolders;
-
-// What folding a step means for one head: the running output times `running`, plus the step's
-// values times `incoming`; its change is the values times `change` minus the former times `share`.
-struct StepFactors {
-  float running;
-  float incoming;
-  float change;
-  float share;
-};
-
-template <int kDim, int kHeadTiles>
-struct FolderShared {
-  static constexpr int kHeads = 8 * kHeadTiles;
-  static constexpr int kBatch = kHeadTiles == 1 && kDim <= 128 ? 8 : 4;  // steps folded at once
-  static constexpr int kSlotPieces = slot_pieces(kDim, kHeads / 2);
-  static constexpr int kMaxBuffers = 4;
-  float4 slots[2 * kBatch * kSlotPieces];  // [buffers, kBatch, slot_pieces()]
-  StepFactors factors[kMaxBuffers][kBatch][kHeads];
-  SoftmaxState after[kMaxBuffers][kBatch][kHeads];  // state of the running output after a step
-  // Each thread's part of the moments of its two heads: (aa, ad, dd) and (aa, ad, dd).
-  float4 moments_a[kBatch][kFolderThreads];
-  float2 moments_b[kBatch][kFolderThreads];
-  float scales[kBatch][kHeads];
-  uint32_t verdicts[3];  // for even and odd batches, and for a batch judged again
-  struct {
-    int32_t first_step;
-    int32_t count;  // 0: the item has no more
-  } info[kMaxBuffers];
-  Barrier full[kMaxBuffers], weighed[kMaxBuffers], empty[kMaxBuffers];
-  int32_t finished_item;
-
-  __device__ void init() {
-    for (int i = 0; i < kMaxBuffers; ++i) {
-      full[i].init(1);
-      weighed[i].init(1);
-      empty[i].init(kFolders);
+// Adds up what the lanes of a head pair hold for eight steps; row lane / 4 gets step lane / 4.
+template <int kValues>
+__device__ inline void reduce_to_rows(float (&parts)[8][kValues], float (&sums)[kValues]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int round = 0; round < 3; ++round) {
+    const int half = 4 >> round;
+    const bool upper = lane & (4 * half);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i >= half) break;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+        const float kept = upper ? parts[i + half][v] : parts[i][v];
+        const float given = upper ? parts[i][v] : parts[i + half][v];
+        parts[i][v] = kept + __shfl_xor_sync(~0u, given, 4 * half);
+      }
     }
-    for (uint32_t& verdict : verdicts) verdict = 0;
-    finished_item = -1;
   }
-};
-
-// Batches pass through a ring of buffers; with few heads there is room for more of them.
-struct Batches {
-  int32_t num_buffers;
-  int32_t number = 0;
-
-  __device__ int buffer() const { return number % num_buffers; }
-  __device__ uint32_t parity() const { return number / num_buffers % 2; }
-};
-
-template <class Shared>
-__device__ Batches batches_of(int32_t slot_pieces) {
-  const int32_t room = 2 * Shared::kSlotPieces / slot_pieces;
-  return {room < Shared::kMaxBuffers ? room : Shared::kMaxBuffers};
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) sums[v] = parts[0][v];
 }
-
-// ---- the warp that fetches
-
-template <int kDim, int kHeadTiles>
-class Fetcher {
-  using Shared = FolderShared<kDim, kHeadTiles>;
-  static constexpr int kBatch = Shared::kBatch;
-
- public:
-  __device__ Fetcher(const DecodeParams& params, const TeamSpace& space, Shared& shared)
-      : space_(space),
-        shared_(shared),
-        lane_(threadIdx.x % 32),
-        pieces_(slot_pieces(kDim, head_pairs_of<kHeadTiles>(params.group_size))) {}
-
-  __device__ void run(int32_t num_steps, int32_t index, Batches& batches) {
-    const Ring ring(space_, index, pieces_);
-    int32_t done = 0, written = 0;
-    while (done < num_steps) {
-      if (written == 0) written = wait_for_steps(ring, num_steps, index, done);
-      if (written == 0) break;
-      const int32_t count = written < kBatch ? written : kBatch;
-      fetch(ring, done, count, wait_for_buffer(batches));
-      done += count;
-      written -= count;
-      ++batches.number;
-    }
-    const int buffer = wait_for_buffer(batches);
-    if (lane_ == 0) {
-      shared_.info[buffer] = {done, 0};
-      shared_.full[buffer].arrive();
-    }
-    ++batches.number;
-  }
-
- private:
-  __device__ int wait_for_buffer(const Batches& batches) {
-    shared_.empty[batches.buffer()].wait(batches.parity() ^ 1);
-    return batches.buffer();
-  }
-
-  // Returns how many of the next 32 steps have been written, at least one; 0 when the item is
-  // finished.
-  __device__ int32_t wait_for_steps(const Ring& ring, int32_t num_steps, int32_t index,
-                                    int32_t done) const {
-    const int32_t step = done + lane_;
-    const int32_t* flag = ring.flag(step);
-    while (true) {
-      const bool written = step < num_steps && load_relaxed(flag) == step + 1;
-      const uint32_t missing = ~__ballot_sync(~0u, written);
-      if (missing != ~0u && !(missing & 1)) {
-        // What was written before the flags is there, for the copy engine too.
-        __threadfence();
-        fence_copy_engine();
-        return missing == 0 ? 32 : __ffs(missing) - 1;
-      }
-      const bool finished = *const_cast<volatile int32_t*>(&shared_.finished_item) == index;
-      if (__any_sync(~0u, finished)) return 0;
-    }
-  }
-
-  __device__ void fetch(const Ring& ring, int32_t done, int32_t count, int buffer) {
-    const uint32_t bytes = pieces_ * sizeof(float4);
-    if (lane_ == 0) {
-      shared_.info[buffer] = {done, count};
-      shared_.full[buffer].arrive_and_expect(count * bytes);
-    }
-    __syncwarp();
-    if (lane_ >= count) return;
-    float4* to = shared_.slots + (buffer * kBatch + lane_) * pieces_;
-    copy_bytes(to, ring.slot(done + lane_), bytes, shared_.full[buffer]);
-  }
-
-  const TeamSpace& space_;
-  Shared& shared_;
-  const int lane_, pieces_;
-};
-
-// ---- the warp that forms the scalars
-
-template <int kDim, int kHeadTiles>
-class Weigher {
-  using Shared = FolderShared<kDim, kHeadTiles>;
-  static constexpr int kBatch = Shared::kBatch;
-  static constexpr int kHeadsAtOnce = 32 / kBatch;
-  static constexpr int kRounds = Shared::kHeads / kHeadsAtOnce;
-
- public:
-  __device__ Weigher(const DecodeParams& params, Shared& shared)
-      : params_(params),
-        shared_(shared),
-        lane_(threadIdx.x % 32),
-        pairs_(head_pairs_of<kHeadTiles>(params.group_size)) {}
-
-  __device__ void run(const Item& item, Batches& batches) {
-    SoftmaxState running[kRounds];
-    int32_t count;
-    do {
-      const int buffer = batches.buffer();
-      shared_.full[buffer].wait(batches.parity());
-      ++batches.number;
-      count = shared_.info[buffer].count;
-#pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        const int32_t i = lane_ % kBatch, g = r * kHeadsAtOnce + lane_ / kBatch;
-        if (r * kHeadsAtOnce >= params_.group_size) continue;
-        const bool is_there = i < count && g < params_.group_size;
-        form_factors(item, g, is_there ? state_of(buffer, i, g) : SoftmaxState(), running[r],
-                     buffer);
-      }
-      __syncwarp();
-      if (lane_ == 0) shared_.weighed[buffer].arrive();
-    } while (count > 0);
-  }
-
- private:
-  __device__ SoftmaxState state_of(int buffer, int32_t i, int32_t g) const {
-    const int pieces = slot_pieces(kDim, pairs_);
-    const float4* slot = shared_.slots + (buffer * kBatch + i) * pieces;
-    const float4 states = slot[value_pieces(kDim, pairs_) + g / 2];
-    return g % 2 == 0 ? SoftmaxState{states.x, states.y} : SoftmaxState{states.z, states.w};
-  }
-
-  // What core's fold() computes step by step: the maxima by a prefix scan, the exponentials side
-  // by side; only the sums are a chain.
-  __device__ void form_factors(const Item& item, int32_t g, const SoftmaxState& incoming,
-                               SoftmaxState& running, int buffer) {
-    const int i = lane_ % kBatch;
-    float max = incoming.max;
-#pragma unroll
-    for (int distance = 1; distance < kBatch; distance *= 2) {
-      const float other = __shfl_up_sync(~0u, max, distance, kBatch);
-      if (i >= distance && other > max) max = other;
-    }
-    SoftmaxState after = {running.max > max ? running.max : max, 0.0f};
-    SoftmaxState before = {__shfl_up_sync(~0u, after.max, 1, kBatch), 0.0f};
-    if (i == 0) before.max = running.max;
-    // The sums are folded below, so those of the states do not matter here.
-    SoftmaxState folded = before;
-    const FoldFactors factors = fold(folded, {incoming.max, 0.0f});
-    const float mass = incoming.sum * factors.incoming;
-    float sum = running.sum;
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const float kept = __shfl_sync(~0u, factors.running, k, kBatch);
-      const float added = __shfl_sync(~0u, mass, k, kBatch);
-      sum = fmaf(sum, kept, added);
-      if (k == i) after.sum = sum;
-    }
-    running = {__shfl_sync(~0u, after.max, kBatch - 1, kBatch), sum};
-    if (g >= params_.group_size) return;
-    const float* sink = sink_of(params_, item.kv_head, g);
-    const IncrementWeights weights = increment_weights(incoming, after, factors, sink);
-    shared_.factors[buffer][i][g] = {factors.running, factors.incoming,
-                                     factors.incoming * weights.keep, weights.share};
-    shared_.after[buffer][i][g] = after;
-  }
-
-  const DecodeParams& params_;
-  Shared& shared_;
-  const int lane_, pairs_;
-};
-
-// ---- the warps that fold
 
 template <class T, int kDim, int kHeadTiles>
 class Folder {
-  using Shared = FolderShared<kDim, kHeadTiles>;
-  static constexpr int kBatch = Shared::kBatch;
-  static constexpr uint32_t kOutOfRange = 1u << 31;  // in a verdict; the other bits are steps
-  // Pieces of a step that a thread owns.
-  static constexpr int kOwned =
-      (value_pieces(kDim, Shared::kHeads / 2) + kFolderThreads - 1) / kFolderThreads;
-  enum class Pass { kMoments, kLargest, kScaledMoments };
+  using Shared = ExchangeShared<kDim, kHeadTiles>;
+  static constexpr int kSlices = num_slices(kDim);
+  static constexpr int kOwn = Snapshot<kDim, kHeadTiles>::kOwn;
+  static constexpr int kBatch = 8;  // steps, at most
 
  public:
-  __device__ Folder(const DecodeParams& params, const TeamSpace& space, Shared& shared)
+  // `warp`: of those that fold in this thread block.
+  __device__ Folder(const DecodeParams& params, const ClusterPlan& plan, const Exchange& exchange,
+                    Shared& shared, const Item& item, int32_t rank, int warp)
       : params_(params),
-        space_(space),
+        plan_(plan),
+        sizes_(plan.layout.sizes),
+        exchange_(exchange),
         shared_(shared),
-        warp_(threadIdx.x / 32),
+        item_(item),
+        warp_(warp),
         lane_(threadIdx.x % 32),
-        pairs_(head_pairs_of<kHeadTiles>(params.group_size)),
-        pieces_(value_pieces(kDim, pairs_)),
-        // kFolderThreads is a multiple of the number of pairs.
-        pair_(threadIdx.x % pairs_) {
-    look_.sharers = kFolderThreads / kBatch / pairs_;
-    look_.own = threadIdx.x % look_.sharers;
-    look_.step = threadIdx.x / look_.sharers / pairs_;
-    look_.pair = threadIdx.x / look_.sharers % pairs_;
+        row_(lane_ / 4),
+        rank_(rank),
+        first_slice_(rank + plan.blocks * warp),
+        num_batches_((item.steps.num_steps + sizes_.batch_steps - 1) / sizes_.batch_steps) {}
+
+  // Whether any slice is this warp's.
+  __device__ bool has_work() const { return first_slice_ < kSlices; }
+
+  // Folds all steps, or up to the one that completes patience.
+  __device__ void run() {
+    if (warp_ == 0 && lane_ == 0) {
+      for (int32_t batch = 0; batch < ring_batches(); ++batch) expect(batch);
+    }
+    for (batch_ = 0; batch_ < num_batches_; ++batch_) {
+      if (!wait_for(batch_)) break;
+      if (warp_ == 0 && lane_ == 0) expect(batch_ + ring_batches());
+      if (params_.use_stability) {
+        if (batch_ >= sizes_.pending && !wait_for_verdict(batch_ - sizes_.pending)) {
+          ++batch_;
+          break;
+        }
+        save();
+      }
+      const int32_t count = steps_of(batch_);
+      prepare(batch_, count);
+      for_each_slice([&](int k, int32_t slice) {
+        if (params_.use_stability) {
+          judge(k, slice, count);
+        } else {
+          fold_slice(k, slice, count);
+        }
+      });
+      // The lanes have read the scalars of the batch, and its results.
+      __syncwarp();
+      if (!params_.use_stability) set_free(batch_ + 1);
+    }
+    if (!params_.use_stability) return;
+    for (int32_t batch = num_batches_ > sizes_.pending ? num_batches_ - sizes_.pending : 0;
+         batch < num_batches_; ++batch) {
+      if (!wait_for_verdict(batch)) break;
+    }
+    if (lane_ == 0) {
+      send_word(remote_address(&shared_.sent_moments[first_slice_], 0), num_judged_);
+    }
+    if (const int32_t stop = shared_.stop; stop != 0) fold_up_to(stop - 1);
   }
 
-  __device__ void run(const Item& item, int32_t index, Batches& batches) {
-    PatienceCounter patience;
-    bool is_finished = item.steps.num_steps == 0;
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) running_[k] = {};
-    if (is_finished) write_result(item, index, nullptr, 0, -1);
-    while (true) {
-      const int buffer = batches.buffer();
-      shared_.full[buffer].wait(batches.parity());
-      shared_.weighed[buffer].wait(batches.parity());
-      ++batches.number;
-      values_ = shared_.slots + buffer * kBatch * (pieces_ + pairs_);
-      verdict_ = batches.number % 2;
-      const int32_t first = shared_.info[buffer].first_step, count = shared_.info[buffer].count;
-      if (count > 0 && !is_finished) {
-        if (threadIdx.x == 0) store_relaxed(&space_.state[index].folded_steps, first + count);
-        is_finished = fold_batch(item, index, buffer, first, count, patience);
-      }
-      __syncwarp();
-      if (lane_ == 0) shared_.empty[buffer].arrive();
-      if (count == 0) return;
+  // Waits for what is still on its way to this thread block; when all others are done.
+  __device__ void drain(int num_warps) const {
+    if (shared_.stop == 0) return;
+    for (int32_t batch = batch_; batch < num_batches_ && batch < batch_ + ring_batches(); ++batch) {
+      const int32_t step = batch * sizes_.batch_steps + lane_, turn = step / plan_.blocks;
+      const bool comes =
+          lane_ < steps_of(batch) &&
+          shared_.sent_steps[step % plan_.blocks][turn % num_warps] > turn / num_warps;
+      const int32_t missing = steps_of(batch) - __popc(__ballot_sync(~0u, comes));
+      Barrier& full = shared_.full[batch & (ring_batches() - 1)];
+      if (lane_ == 0 && missing > 0) full.complete(missing * own_step_bytes());
+      full.wait(parity(batch));
     }
+  }
+
+  __device__ void write_result() const {
+    const int64_t first_row =
+        int64_t{item_.batch} * params_.num_q_heads + item_.kv_head * params_.group_size;
+    for_each_slice([&](int k, int32_t slice) {
+#pragma unroll
+      for (int ht = 0; ht < kHeadTiles; ++ht) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const int32_t g = head(ht, column);
+          if (g >= params_.group_size) continue;
+          const SoftmaxState& state = states_[ht][column];
+          const float share = 1.0f / denominator_of(state, sink_of(params_, item_.kv_head, g));
+          const float4& a = values_[k][ht];
+          T* to = static_cast<T*>(params_.out) + (first_row + g) * kDim + 16 * slice + row_;
+          to[0] = Mma<T>::round((column == 0 ? a.x : a.y) * share);
+          to[8] = Mma<T>::round((column == 0 ? a.z : a.w) * share);
+          if (slice == 0 && row_ == 0) params_.lse[first_row + g] = log_sum_exp(state);
+        }
+      }
+    });
   }
 
  private:
-  // True when the item is finished.
-  __device__ bool fold_batch(const Item& item, int32_t index, int buffer, int32_t first,
-                             int32_t count, PatienceCounter& patience) {
-    float4 before[kOwned];
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) before[k] = running_[k];
-    int32_t last = count - 1;
-    bool stops = false;
-    if (params_.use_stability) {
-      const uint32_t unstable = unstable_steps(item, buffer, first, count, before);
-      for (int32_t i = first_compared(item, first); i < count && !stops; ++i) {
-        stops = patience.completes(!(unstable >> i & 1), params_.patience);
-        if (stops) last = i;
-      }
+  // ---- Batches
+
+  __device__ int32_t ring_batches() const { return sizes_.ring_steps / sizes_.batch_steps; }
+  __device__ int32_t steps_of(int32_t batch) const {
+    const int32_t left = item_.steps.num_steps - batch * sizes_.batch_steps;
+    return left < sizes_.batch_steps ? left : sizes_.batch_steps;
+  }
+  __device__ uint32_t own_step_bytes() const {
+    return exchange_.step_bytes((kSlices - rank_ + plan_.blocks - 1) / plan_.blocks);
+  }
+  __device__ uint32_t parity(int32_t batch) const { return batch / ring_batches() & 1; }
+  __device__ uint32_t verdict_parity(int32_t batch) const { return batch / sizes_.pending & 1; }
+
+  __device__ void expect(int32_t batch) const {
+    if (batch >= num_batches_) return;
+    shared_.full[batch & (ring_batches() - 1)].arrive_and_expect(steps_of(batch) *
+                                                                 own_step_bytes());
+  }
+
+  // False: the item ends before.
+  __device__ bool wait_for(int32_t batch) const {
+    return wait_for(shared_.full[batch & (ring_batches() - 1)], parity(batch));
+  }
+  __device__ bool wait_for(Barrier& barrier, uint32_t parity) const {
+    while (true) {
+      if (__all_sync(~0u, barrier.is_over(parity))) return true;
+      if (__any_sync(~0u, shared_.stop != 0)) return false;
     }
-    if (!params_.use_stability || last + 1 < count) {
-      // Up to the stop only.
-#pragma unroll
-      for (int k = 0; k < kOwned; ++k) running_[k] = before[k];
-      add(buffer, last + 1);
+  }
+
+  // Of a batch after which reading goes on, the ring slots are free.
+  __device__ bool wait_for_verdict(int32_t batch) const {
+    if (!wait_for(shared_.decided[batch & (sizes_.pending - 1)], verdict_parity(batch))) {
+      return false;
     }
-    if (!stops && first + count < item.steps.num_steps) return false;
-    if (threadIdx.x == 0) {
-      *const_cast<volatile int32_t*>(&shared_.finished_item) = index;
-      atomicMax(&space_.state[index].next_step, kStopped);
-      store_relaxed(&space_.state[index].folded_steps, kStopped);
-    }
-    write_result(item, index, shared_.after[buffer][last], first + last + 1,
-                 stops ? item.steps.block_of(first + last) : -1);
+    set_free(batch + 1);
     return true;
   }
 
-  // The first step of a batch that is compared with the one before it.
-  __device__ static int32_t first_compared(const Item& item, int32_t first) {
-    const int32_t starting = item.steps.num_start_steps > 1 ? item.steps.num_start_steps : 1;
-    return starting > first ? starting - first : 0;
+  __device__ void set_free(int32_t batches) const {
+    if (lane_ < plan_.blocks) {
+      send_word(remote_address(&shared_.freed[first_slice_], lane_), batches);
+    }
   }
 
-  __device__ void add(int buffer, int32_t count) {
+  // ---- Folding
+
+  template <class Visit>
+  __device__ void for_each_slice(const Visit& visit) const {
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      const int32_t slice = first_slice_ + plan_.blocks * kFolders * k;
+      if (slice < kSlices) visit(k, slice);
+    }
+  }
+
+  __device__ int pair(int ht) const { return kLanePairs * ht + lane_ % 4; }
+  __device__ int32_t head(int ht, int column) const { return 2 * pair(ht) + column; }
+  __device__ int num_pairs() const { return (params_.group_size + 1) / 2; }
+
+  // Forms the scalars of a batch, each row of lanes those of its step, and advances the states.
+  // Steps from `count` on change nothing.
+  __device__ void prepare(int32_t batch, int32_t count) {
+    StepTable<kHeadTiles>& table = shared_.tables[warp_];
+    const int32_t step = batch * sizes_.batch_steps + row_;
+#pragma unroll
+    for (int ht = 0; ht < kHeadTiles; ++ht) {
+      const bool exists = row_ < count && pair(ht) < num_pairs();
+      const float4 sent = exists ? *exchange_.states(step, pair(ht))
+                                 : make_float4(-INFINITY, 0.0f, -INFINITY, 0.0f);
+      const SoftmaxState incoming[2] = {{sent.x, sent.y}, {sent.z, sent.w}};
+      SoftmaxState after[2];
+      FoldFactors factors[2];
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const float before = states_[ht][column].max;
+        float max = incoming[column].max;
+#pragma unroll
+        for (int other = 4; other <= 16; other *= 2) {
+          const float earlier = __shfl_up_sync(~0u, max, other);
+          if (lane_ >= other) max = fmaxf(max, earlier);
+        }
+        max = fmaxf(max, before);
+        const float last = __shfl_up_sync(~0u, max, 4);
+        // We don't want (-inf) - (-inf), since that would give NaN.
+        const float reference = max == -INFINITY ? 0.0f : max;
+        factors[column] = {expf((row_ == 0 ? before : last) - reference),
+                           expf(incoming[column].max - reference)};
+        after[column] = {max, states_[ht][column].sum};
+      }
+      table.factors[ht][lane_] = make_float4(factors[0].running, factors[0].incoming,
+                                             factors[1].running, factors[1].incoming);
+      table.masses[ht][lane_] =
+          make_float2(incoming[0].sum * factors[0].incoming, incoming[1].sum * factors[1].incoming);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float4 f = table.factors[ht][4 * i + lane_ % 4];
+        const float2 mass = table.masses[ht][4 * i + lane_ % 4];
+        if (i > row_) continue;
+        after[0].sum = fmaf(after[0].sum, f.x, mass.x);
+        after[1].sum = fmaf(after[1].sum, f.z, mass.y);
+      }
+      if (params_.use_stability) {
+        float4 weights;
+        weights.x = weights_of(incoming[0], after[0], factors[0], head(ht, 0), weights.y);
+        weights.z = weights_of(incoming[1], after[1], factors[1], head(ht, 1), weights.w);
+        table.weights[ht][lane_] = weights;
+      }
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        states_[ht][column] = {__shfl_sync(~0u, after[column].max, 28 + lane_ % 4),
+                               __shfl_sync(~0u, after[column].sum, 28 + lane_ % 4)};
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ float weights_of(const SoftmaxState& incoming, const SoftmaxState& after,
+                              const FoldFactors& factors, int32_t g, float& share) const {
+    const IncrementWeights weights =
+        increment_weights(incoming, after, factors, sink_of(params_, item_.kv_head, g));
+    share = weights.share;
+    return factors.incoming * weights.keep;
+  }
+
+  // Visits the steps of the batch at hand in one slice and head tile, with the running output
+  // before each.
+  template <class Visit>
+  __device__ void fold_tile(int ht, int32_t slice, int32_t count, float4& a,
+                            const Visit& visit) const {
+    const StepTable<kHeadTiles>& table = shared_.tables[warp_];
+    const bool exists = pair(ht) < num_pairs();
+    const float4* from = exchange_.values(batch_ * sizes_.batch_steps, slice / plan_.blocks, row_,
+                                          exists ? pair(ht) : 0);
+    const int32_t stride = plan_.layout.slot_pieces();
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float4 p = exists && i < count ? from[i * stride] : float4{};
+      const float4 f = table.factors[ht][4 * i + lane_ % 4];
+      const float4 old = make_float4(a.x * f.x, a.y * f.z, a.z * f.x, a.w * f.z);
+      visit(i, old, p);
+      a = make_float4(fmaf(p.x, f.y, old.x), fmaf(p.y, f.w, old.y), fmaf(p.z, f.y, old.z),
+                      fmaf(p.w, f.w, old.w));
+    }
+  }
+
+  __device__ void fold_slice(int k, int32_t slice, int32_t count) {
+#pragma unroll
+    for (int ht = 0; ht < kHeadTiles; ++ht) {
+      fold_tile(ht, slice, count, values_[k][ht], [](int, const float4&, const float4&) {});
+    }
+  }
+
+  // Folds a slice and sends its part of the moments of every step.
+  __device__ void judge(int k, int32_t slice, int32_t count) {
+    num_judged_ = batch_ + 1;
+    const StepTable<kHeadTiles>& table = shared_.tables[warp_];
+#pragma unroll
+    for (int ht = 0; ht < kHeadTiles; ++ht) {
+      const float4 start = values_[k][ht];
+      float parts[kBatch][6], sums[6];
+      fold_tile(ht, slice, count, values_[k][ht], [&](int i, const float4& old, const float4& p) {
+        const float4 w = table.weights[ht][4 * i + lane_ % 4];
+        const float4 d = make_float4(p.x * w.x - old.x * w.y, p.y * w.z - old.y * w.w,
+                                     p.z * w.x - old.z * w.y, p.w * w.z - old.w * w.w);
+        parts[i][0] = fmaf(old.x, old.x, old.z * old.z);
+        parts[i][1] = fmaf(old.x, d.x, old.z * d.z);
+        parts[i][2] = fmaf(d.x, d.x, d.z * d.z);
+        parts[i][3] = fmaf(old.y, old.y, old.w * old.w);
+        parts[i][4] = fmaf(old.y, d.y, old.w * d.w);
+        parts[i][5] = fmaf(d.y, d.y, d.w * d.w);
+      });
+      reduce_to_rows(parts, sums);
+      float scales[2] = {1.0f, 1.0f};
+      const bool matters = row_ >= first_compared() && row_ < count;
+      const bool doubtful = (head(ht, 0) < params_.group_size && !inside(sums)) ||
+                            (head(ht, 1) < params_.group_size && !inside(sums + 3));
+      if (__any_sync(~0u, matters && doubtful)) {
+        sum_scaled(ht, slice, count, start, sums, scales);
+      }
+      if (row_ < count && pair(ht) < num_pairs()) {
+        Barrier& judged = shared_.judged[batch_ & (sizes_.pending - 1)];
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const float* m = sums + 3 * column;
+          send(remote_address(exchange_.moments(batch_, slice, column, row_, pair(ht)), 0),
+               make_float4(m[0], m[1], m[2], scales[column]), remote_address(&judged, 0));
+        }
+      }
+    }
+  }
+
+  __device__ static bool inside(const float* moments) {
+    return in_range({moments[0], moments[1], moments[2]});
+  }
+  // The first step of the batch at hand that is compared with the one before it.
+  __device__ int32_t first_compared() const {
+    const int32_t starting = item_.steps.num_start_steps > 1 ? item_.steps.num_start_steps : 1;
+    return starting - batch_ * sizes_.batch_steps;
+  }
+
+  // Where squares leave the range of float32: the moments of the slice from vectors that are
+  // scaled step by step.
+  __device__ void sum_scaled(int ht, int32_t slice, int32_t count, float4 a, float (&sums)[6],
+                             float (&scales)[2]) const {
+    const StepTable<kHeadTiles>& table = shared_.tables[warp_];
+    const bool exists = pair(ht) < num_pairs();
 #pragma unroll 1
-    for (int32_t i = 0; i < count; ++i) {
-      const StepFactors low = shared_.factors[buffer][i][2 * pair_];
-      const StepFactors high = shared_.factors[buffer][i][2 * pair_ + 1];
+    for (int i = 0; i < count; ++i) {
+      const float4 p = exists ? *exchange_.values(batch_ * sizes_.batch_steps + i,
+                                                  slice / plan_.blocks, row_, pair(ht))
+                              : float4{};
+      const float4 f = table.factors[ht][4 * i + lane_ % 4];
+      const float4 w = table.weights[ht][4 * i + lane_ % 4];
+      const float old[4] = {a.x * f.x, a.y * f.z, a.z * f.x, a.w * f.z};
+      const float d[4] = {p.x * w.x - old[0] * w.y, p.y * w.z - old[1] * w.w,
+                          p.z * w.x - old[2] * w.y, p.w * w.z - old[3] * w.w};
 #pragma unroll
-      for (int k = 0; k < kOwned; ++k) {
-        const int piece = threadIdx.x + k * kFolderThreads;
-        if (piece >= pieces_) continue;
-        fold_piece(running_[k], values_[i * (pieces_ + pairs_) + piece], low, high);
+      for (int column = 0; column < 2; ++column) {
+        const float a0 = old[column], a1 = old[column + 2], d0 = d[column], d1 = d[column + 2];
+        const float largest = fmaxf(fmaxf(fabsf(a0), fabsf(a1)), fmaxf(fabsf(d0), fabsf(d1)));
+        const float scale = moment_scale(head_max(largest));
+        const float x0 = a0 * scale, x1 = a1 * scale, y0 = d0 * scale, y1 = d1 * scale;
+        const float aa = head_sum(fmaf(x0, x0, x1 * x1)), ad = head_sum(fmaf(x0, y0, x1 * y1));
+        const float dd = head_sum(fmaf(y0, y0, y1 * y1));
+        if (row_ != i) continue;
+        sums[3 * column] = aa;
+        sums[3 * column + 1] = ad;
+        sums[3 * column + 2] = dd;
+        scales[column] = scale;
+      }
+      a = make_float4(fmaf(p.x, f.y, old[0]), fmaf(p.y, f.w, old[1]), fmaf(p.z, f.y, old[2]),
+                      fmaf(p.w, f.w, old[3]));
+    }
+  }
+
+  // ---- Going back to the step that ended the item
+
+  // Each lane finds again what it left; the states are the same in all rows.
+  __device__ void save() const {
+    Snapshot<kDim, kHeadTiles>& to = shared_.snapshots[warp_][batch_ & (sizes_.pending - 1)];
+#pragma unroll
+    for (int ht = 0; ht < kHeadTiles; ++ht) {
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) to.values[k][ht][lane_] = values_[k][ht];
+      if (row_ == 0) {
+        to.states[ht][lane_] = make_float4(states_[ht][0].max, states_[ht][0].sum,
+                                           states_[ht][1].max, states_[ht][1].sum);
       }
     }
+    __syncwarp();
   }
 
-  __device__ static void fold_piece(float4& a, const float4& p, const StepFactors& low,
-                                    const StepFactors& high) {
-    a.x = fmaf(p.x, low.incoming, a.x * low.running);
-    a.y = fmaf(p.y, high.incoming, a.y * high.running);
-    a.z = fmaf(p.z, low.incoming, a.z * low.running);
-    a.w = fmaf(p.w, high.incoming, a.w * high.running);
-  }
-
-  __device__ static void synchronize() {
-    asm volatile("bar.sync 1, %0;" ::"n"(kFolderThreads) : "memory");
-  }
-
-  // Folds the batch into running_, and returns a bit for each step that is not stable.
-  __device__ uint32_t unstable_steps(const Item& item, int buffer, int32_t first, int32_t count,
-                                     const float4 (&before)[kOwned]) {
-    bool out_of_range = false;
-    const uint32_t verdict =
-        judge<Pass::kMoments>(item, buffer, first, count, verdict_, out_of_range);
-    if (!(verdict & kOutOfRange)) return verdict;
-    restore(before);
-    judge<Pass::kLargest>(item, buffer, first, count, 2, out_of_range);
-    restore(before);
-    return judge<Pass::kScaledMoments>(item, buffer, first, count, 2, out_of_range);
-  }
-
-  __device__ void restore(const float4 (&before)[kOwned]) {
+  __device__ void fold_up_to(int32_t last_step) {
+    const int32_t next = batch_;
+    batch_ = last_step / sizes_.batch_steps;
+    const Snapshot<kDim, kHeadTiles>& from =
+        shared_.snapshots[warp_][batch_ & (sizes_.pending - 1)];
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k) running_[k] = before[k];
-  }
-
-  // `verdict`: the word that collects what the threads find; `out_of_range`: the moments this
-  // thread looks at left the range of float32 in the first pass.
-  template <Pass kPass>
-  __device__ uint32_t judge(const Item& item, int buffer, int32_t first, int32_t count, int verdict,
-                            bool& out_of_range) {
-#pragma unroll 4
-    for (int32_t i = 0; i < count; ++i) sum_step<kPass>(buffer, i);
-    synchronize();
-    // Everybody has read what a later batch writes to.
-    if (threadIdx.x == 0) shared_.verdicts[kPass == Pass::kMoments ? verdict_ ^ 1 : 2] = 0;
-    if (kPass == Pass::kScaledMoments) synchronize();
-    const uint32_t found = look<kPass>(item, first, count, out_of_range);
-    const uint32_t all = __reduce_or_sync(~0u, found);
-    if (all != 0 && lane_ == 0) atomicOr(&shared_.verdicts[verdict], all);
-    synchronize();
-    return *const_cast<volatile uint32_t*>(&shared_.verdicts[verdict]);
-  }
-
-  template <Pass kPass>
-  __device__ static void take(float a, float d, float (&moments)[3]) {
-    if (kPass == Pass::kLargest) {
-      moments[0] = fmaxf(moments[0], fmaxf(fabsf(a), fabsf(d)));
-      return;
-    }
-    moments[0] = fmaf(a, a, moments[0]);
-    moments[1] = fmaf(a, d, moments[1]);
-    moments[2] = fmaf(d, d, moments[2]);
-  }
-
-  // Folds a step and leaves this thread's part of its moments.
-  template <Pass kPass>
-  __device__ void sum_step(int buffer, int i) {
-    const StepFactors factors[2] = {shared_.factors[buffer][i][2 * pair_],
-                                    shared_.factors[buffer][i][2 * pair_ + 1]};
-    float moments[2][3] = {};
-    const auto element = [&](float& a, float p, int head) {
-      const StepFactors& f = factors[head];
-      const float scale =
-          kPass == Pass::kScaledMoments ? shared_.scales[i][2 * pair_ + head] : 1.0f;
-      const float kept = a * f.running, old = kept * scale;
-      a = fmaf(p, f.incoming, kept);
-      take<kPass>(old, p * (f.change * scale) - old * f.share, moments[head]);
-    };
+    for (int ht = 0; ht < kHeadTiles; ++ht) {
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k) {
-      const int piece = threadIdx.x + k * kFolderThreads;
-      if (piece >= pieces_) continue;
-      const float4 p = values_[i * (pieces_ + pairs_) + piece];
-      element(running_[k].x, p.x, 0);
-      element(running_[k].y, p.y, 1);
-      element(running_[k].z, p.z, 0);
-      element(running_[k].w, p.w, 1);
+      for (int k = 0; k < kOwn; ++k) values_[k][ht] = from.values[k][ht][lane_];
+      const float4 states = from.states[ht][lane_ % 4];
+      states_[ht][0] = {states.x, states.y};
+      states_[ht][1] = {states.z, states.w};
     }
-    shared_.moments_a[i][threadIdx.x] =
-        make_float4(moments[0][0], moments[0][1], moments[0][2], moments[1][0]);
-    shared_.moments_b[i][threadIdx.x] = make_float2(moments[1][1], moments[1][2]);
-  }
-
-  template <Pass kPass>
-  __device__ static float combine(float x, float y) {
-    return kPass == Pass::kLargest ? fmaxf(x, y) : x + y;
-  }
-
-  // Every step and pair of heads is looked at by a few threads; they add up the parts of all others
-  // and judge a head each. Returns this thread's part of the verdict.
-  template <Pass kPass>
-  __device__ uint32_t look(const Item& item, int32_t first, int32_t count, bool& out_of_range) {
-    const int own = look_.own, i = look_.step, pair = look_.pair, sharers = look_.sharers;
-    float moments[2][3] = {};
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int thread = pair + pairs_ * (own + sharers * k);
-      if (i >= count) continue;
-      const float4 a = shared_.moments_a[i][thread];
-      const float2 b = shared_.moments_b[i][thread];
-      const float part[2][3] = {{a.x, a.y, a.z}, {a.w, b.x, b.y}};
-      for (int j = 0; j < 6; ++j) {
-        moments[j / 3][j % 3] = combine<kPass>(moments[j / 3][j % 3], part[j / 3][j % 3]);
-      }
-    }
-    for (int other = sharers / 2; other > 0; other /= 2) {
-      for (int j = 0; j < 6; ++j) {
-        float& x = moments[j / 3][j % 3];
-        x = combine<kPass>(x, __shfl_xor_sync(~0u, x, other));
-      }
-    }
-    const int32_t g = 2 * pair + own % 2;
-    const bool compares =
-        i < count && own < 2 && g < params_.group_size && item.steps.block_of(first + i) > 0;
-    const IncrementMoments sums =
-        own % 2 == 0 ? IncrementMoments{moments[0][0], moments[0][1], moments[0][2]}
-                     : IncrementMoments{moments[1][0], moments[1][1], moments[1][2]};
-    if (!compares) return 0;
-    if (kPass == Pass::kLargest) {
-      shared_.scales[i][g] = out_of_range ? moment_scale(sums.aa) : 1.0f;
-      return 0;
-    }
-    if (kPass == Pass::kMoments) out_of_range = !in_range(sums);
-    const bool stable = is_stable(output_change(sums), thresholds_of(params_, item.kv_head));
-    return (stable ? 0 : 1u << i) | (out_of_range ? kOutOfRange : 0);
-  }
-
-  // `states` of the heads; null: nothing was read.
-  __device__ void write_result(const Item& item, int32_t index, const SoftmaxState* states,
-                               int32_t num_steps, int32_t stop_block) {
-    const int64_t first_row =
-        int64_t{item.batch} * params_.num_q_heads + item.kv_head * params_.group_size;
-    float shares[2];
-    SoftmaxState state[2];
-#pragma unroll
-    for (int head = 0; head < 2; ++head) {
-      const int32_t g = 2 * pair_ + head;
-      if (states != nullptr && g < params_.group_size) state[head] = states[g];
-      shares[head] = 1.0f / denominator_of(state[head], sink_of(params_, item.kv_head, g));
-      if (threadIdx.x < pairs_ && g < params_.group_size) {
-        params_.lse[first_row + g] = log_sum_exp(state[head]);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) {
-      const int piece = threadIdx.x + k * kFolderThreads;
-      if (piece >= pieces_) continue;
-      const int d = piece / (8 * pairs_) * 16 + piece / pairs_ % 8;
-      T* low = static_cast<T*>(params_.out) + (first_row + 2 * pair_) * kDim + d;
-      if (2 * pair_ < params_.group_size) {
-        low[0] = Mma<T>::round(running_[k].x * shares[0]);
-        low[8] = Mma<T>::round(running_[k].z * shares[0]);
-      }
-      if (2 * pair_ + 1 < params_.group_size) {
-        low[kDim] = Mma<T>::round(running_[k].y * shares[1]);
-        low[kDim + 8] = Mma<T>::round(running_[k].w * shares[1]);
-      }
-    }
-    write_counts(item, index, num_steps, stop_block);
-  }
-
-  __device__ void write_counts(const Item& item, int32_t index, int32_t num_steps,
-                               int32_t stop_block) {
-    if (warp_ != 0) return;
-    const int32_t end = num_steps == 0 ? 0 : item.steps.positions(num_steps - 1).end;
-    int32_t tokens = 0;
-    for (int32_t i = lane_; i < end; i += 32) {
-      tokens += unit_tokens(item.walk.unit_at(i), params_.unit_size, item.visible).size();
-    }
-    tokens = __reduce_add_sync(~0u, tokens);
-    if (lane_ != 0) return;
-    params_.tokens_read[index] = tokens;
-    params_.stop_block[index] = stop_block;
+    const int32_t count = last_step - batch_ * sizes_.batch_steps + 1;
+    prepare(batch_, count);
+    for_each_slice([&](int k, int32_t slice) { fold_slice(k, slice, count); });
+    batch_ = next;
   }
 
   const DecodeParams& params_;
-  const TeamSpace& space_;
+  const ClusterPlan& plan_;
+  const CudaExchange& sizes_;
+  const Exchange& exchange_;
   Shared& shared_;
-  const int warp_, lane_;
-  const int pairs_, pieces_;
-  const int pair_;  // the two heads of this thread's pieces
-  float4 running_[kOwned];
-  // What this thread looks at when a batch is judged, shared with others.
-  struct {
-    int sharers, own, step, pair;
-  } look_;
-  // Of the batch at hand.
-  const float4* values_;
-  int verdict_;
+  const Item& item_;
+  const int warp_, lane_, row_;
+  const int32_t rank_, first_slice_, num_batches_;
+  int32_t batch_ = 0;       // the one at hand; after run(), the first that was not waited for
+  int32_t num_judged_ = 0;  // batches whose moments were sent
+  float4 values_[kOwn][kHeadTiles] = {};
+  SoftmaxState states_[kHeadTiles][2];
 };
 
 }  // namespace art::cuda::sm90

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
+#include "cuda/sm90/cluster.cuh"
 #include "cuda/sm90/solo.cuh"
-#include "cuda/sm90/team.cuh"
 
 namespace art::cuda::sm90 {
 
@@ -24,7 +24,7 @@ Entries entries(int32_t group_size) {
   // 128.
   const auto make = [](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    Entries made = {nullptr, run_team<T, kDim, kTiles>, num_team_stages(kDim, kTiles)};
+    Entries made = {nullptr, run_cluster<T, kDim, kTiles>, kExchangeBytes<T, kDim, kTiles>};
     if constexpr (kDim * kTiles <= 256 && kDim < 256) made.solo = run_solo<T, kDim, kTiles>;
     return made;
   };

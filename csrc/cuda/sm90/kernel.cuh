@@ -21,13 +21,10 @@ constexpr int num_stages(int head_dim, int head_tiles) {
   return 3;
 }
 
-// The same for teams, whose thread blocks have more warps and so fewer registers for each.
-constexpr int num_team_blocks(int head_dim, int head_tiles) {
-  const int blocks = num_blocks(head_dim, head_tiles);
-  return head_dim == 128 && head_tiles == 2 ? 1 : (blocks < 2 ? blocks : 2);
-}
-constexpr int num_team_stages(int head_dim, int head_tiles) {
-  return head_dim == 128 ? 3 : num_stages(head_dim, head_tiles);
+// One thread block of a cluster has a multiprocessor to itself, and 128 to 160 KiB of tiles.
+constexpr int num_cluster_stages(int head_dim) {
+  if (head_dim <= 64) return 8;
+  return head_dim <= 96 ? 6 : head_dim <= 128 ? 5 : head_dim <= 192 ? 3 : 2;
 }
 
 __device__ inline unsigned char* aligned(unsigned char* memory) {
@@ -50,23 +47,22 @@ __device__ inline Item find_item(const DecodeParams& params, const ListedWalks& 
                     listed.in_place ? params.walk + row : walks.kept + row});
 }
 
-// Thread blocks per multiprocessor; 0 where the kernel cannot run on this GPU.
+// Whether the kernel can run on this GPU; if so, it may have the shared memory from then on.
 template <class Kernel>
-cudaError_t prepare(Kernel kernel, int threads, int bytes, int* blocks) {
-  *blocks = 0;
+cudaError_t prepare(Kernel kernel, int bytes, bool* can_run) {
+  *can_run = false;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error;
   // Compiled for an older architecture, the kernel is empty.
-  if (attributes.ptxVersion < 90) return cudaSuccess;
+  if (error != cudaSuccess || attributes.ptxVersion < 90) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaErrorInvalidValue) {
     // More shared memory than a thread block may have on this GPU.
     cudaGetLastError();
     return cudaSuccess;
   }
-  if (error != cudaSuccess) return error;
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, bytes);
+  *can_run = error == cudaSuccess;
+  return error;
 }
 
 }  // namespace art::cuda::sm90

@@ -6,6 +6,7 @@
 
 #include "core/macros.h"
 #include "core/params.h"
+#include "core/schedule.h"
 #include "cuda/listed_walks.h"
 
 namespace art::cuda::sm90 {
@@ -18,51 +19,48 @@ struct Maps {
   CUtensorMap value;
 };
 
-// Progress of an item that a team computes. Zero before the launch.
-struct alignas(32) TeamState {
-  int32_t next_step;     // the first one that no worker has claimed
-  int32_t folded_steps;  // ring slots before it are free again
+// A cluster of thread blocks shares an item's steps and, by slices of 16 channels, their folding.
+constexpr int kMaxClusterBlocks = 8;
+constexpr int kFolders = 4;    // warps of a thread block that fold
+constexpr int kLanePairs = 4;  // head pairs of a head tile: pair 4 * tile + lane % 4
+
+ART_HD constexpr int num_slices(int head_dim) { return head_dim / 16; }
+ART_HD constexpr int slices_of_block(int slices, int blocks) {
+  return (slices + blocks - 1) / blocks;
+}
+
+// What a thread block keeps of the results sent to it, in pieces of 16 bytes: a ring of steps,
+// each [local slice][row % 8][head pair] of values and [head pair] of softmax states; and an inbox
+// of moments, [pending batch][slice][head of the pair][step][head pair].
+struct ExchangeLayout {
+  int32_t pairs;  // of heads
+  int32_t local;  // slices that a thread block folds at most
+  int32_t slices;
+  CudaExchange sizes;
+
+  ART_HD int32_t slot_pieces() const { return (8 * local + 1) * pairs; }
+  ART_HD int32_t inbox_pieces() const { return 2 * slices * sizes.batch_steps * pairs; }
+  ART_HD int32_t bytes() const {
+    return 16 * (sizes.ring_steps * slot_pieces() + sizes.pending * inbox_pieces());
+  }
 };
 
-// Several thread blocks per item: one that folds and `workers` that compute steps for it. Where
-// there are more items than teams, a team takes every num_teams-th item.
-struct TeamSpace {
-  int32_t num_teams;
-  int32_t workers;      // of each team
-  int32_t claim_steps;  // that a worker claims at once
-  int32_t ring_steps;   // a power of two
-  TeamState* state;     // [items]
-  int32_t* written;     // [items, ring_steps]: number of the step in a slot, plus one; zero before
-                        // the launch
-  float4* slots;        // [items, ring_steps, slot_pieces()]
+struct ClusterPlan {
+  int32_t blocks;   // thread blocks per item: 2, 4 or 8
+  int32_t folders;  // warps of the whole cluster that have a slice
+  ExchangeLayout layout;
 };
 
-// A step's result for all heads, in pieces of 16 bytes: [head_dim / 16][8][head pairs] of values,
-// then [head pairs] of two softmax states. Pairs are rounded up to a power of two.
-ART_HD constexpr int head_pairs(int group_size) {
-  int pairs = 1;
-  while (2 * pairs < group_size) pairs *= 2;
-  return pairs;
-}
-// With two head tiles there are always eight.
-template <int kHeadTiles>
-ART_HD constexpr int head_pairs_of(int group_size) {
-  return kHeadTiles == 2 ? 8 : head_pairs(group_size);
-}
-ART_HD constexpr int value_pieces(int head_dim, int pairs) { return head_dim / 16 * 8 * pairs; }
-ART_HD constexpr int slot_pieces(int head_dim, int pairs) {
-  return value_pieces(head_dim, pairs) + pairs;
-}
-
-// With `blocks`, an entry prepares its kernel on the current device and tells how many thread
-// blocks fit on one multiprocessor (0: none), instead of launching.
+// Entry points. With `blocks`, they prepare the kernel on the current device instead of launching
+// it, and tell how many thread blocks fit on one multiprocessor, or how many clusters of
+// plan.blocks on the device (0: it cannot run).
 struct Entries {
   // Null where there is no such kernel.
   cudaError_t (*solo)(const DecodeParams&, const ListedWalks&, const Maps&, cudaStream_t,
                       int* blocks);
-  cudaError_t (*team)(const DecodeParams&, const ListedWalks&, const Maps&, const TeamSpace&,
-                      cudaStream_t, int* blocks);
-  int stages;  // tiles that a worker holds
+  cudaError_t (*cluster)(const DecodeParams&, const ListedWalks&, const Maps&, const ClusterPlan&,
+                         cudaStream_t, int* blocks);
+  int exchange_bytes;  // room for an ExchangeLayout
 };
 
 // For 8 or 16 query heads; defined in one file per dtype and head size.

@@ -24,4 +24,34 @@ __device__ inline float denominator_of(const SoftmaxState& state, const float* s
   return state.sum == 0.0f ? INFINITY : state.sum + sink_mass(state, sink);
 }
 
+// Visible tokens in the first `num_units` units of an item's walk. Called by a warp.
+__device__ inline int32_t tokens_in(const DecodeParams& params, const Item& item,
+                                    int32_t num_units) {
+  const Walk& walk = item.walk;
+  if (num_units == 0) return 0;
+  const int32_t first = item.visible.begin / params.unit_size;
+  const int32_t last = (item.visible.end - 1) / params.unit_size;
+  // All units are full, but for the first and the last one of the sequence.
+  const auto missing = [&](int32_t unit) {
+    return params.unit_size - unit_tokens(unit, params.unit_size, item.visible).size();
+  };
+  int32_t lacking = 0;
+  if (walk.order == WalkOrder::kExplicit) {
+    for (int32_t i = threadIdx.x % 32; i < num_units; i += 32) lacking += missing(walk.units[i]);
+    lacking = __reduce_add_sync(~0u, lacking);
+  } else {
+    // The walk has the first unit at one end or after the sinks, and the last one likewise.
+    const int32_t places[3] = {0, walk.num_units - 1, walk.sink_units};
+    bool found_first = false, found_last = false;
+    for (const int32_t place : places) {
+      if (place >= num_units) continue;
+      found_first = found_first || walk.unit_at(place) == first;
+      found_last = found_last || walk.unit_at(place) == last;
+    }
+    if (found_first) lacking += missing(first);
+    if (found_last && last != first) lacking += missing(last);
+  }
+  return num_units * params.unit_size - lacking;
+}
+
 }  // namespace art::cuda::sm90

@@ -52,18 +52,65 @@ int64_t max_steps(const DecodeParams& params) {
   return units / (params.block_size / params.unit_size) + 2;
 }
 
-cudaError_t residency_of(const DecodeParams& params, const Entries& entries, bool is_solo,
-                         Residency* residency) {
-  static ResidencyCache<2 * 2 * 9 * 2> cache;
+// A number for each kernel of a dtype, head size and number of head tiles.
+int kernel_number(const DecodeParams& params) {
   const int dtype = params.dtype == DType::kFloat16, tiles = params.group_size > 8;
-  const int kernel = ((dtype * 2 + tiles) * 9 + params.head_dim / 32) * 2 + is_solo;
+  return (dtype * 2 + tiles) * 9 + params.head_dim / 32;
+}
+constexpr int kKernels = 2 * 2 * 9;
+constexpr int kClusterSizes = 3;
+
+cudaError_t solo_residency(const DecodeParams& params, const Entries& entries,
+                           Residency* residency) {
+  static ResidencyCache<kKernels> cache;
   return cache.get(
-      kernel,
-      [&](int* blocks) {
-        return is_solo ? entries.solo(params, {}, {}, nullptr, blocks)
-                       : entries.team(params, {}, {}, {}, nullptr, blocks);
-      },
-      residency);
+      kernel_number(params),
+      [&](int* blocks) { return entries.solo(params, {}, {}, nullptr, blocks); }, residency);
+}
+
+// Clusters of 2, 4 and 8 thread blocks that the device holds at once.
+cudaError_t find_max_clusters(const DecodeParams& params, const Entries& entries,
+                              int32_t (&max_clusters)[kClusterSizes]) {
+  static ResidencyCache<kKernels * kClusterSizes> cache;
+  for (int i = 0; i < kClusterSizes; ++i) {
+    ClusterPlan plan = {};
+    plan.blocks = 2 << i;
+    Residency residency;
+    const cudaError_t error = cache.get(
+        kernel_number(params) * kClusterSizes + i,
+        [&](int* blocks) { return entries.cluster(params, {}, {}, plan, nullptr, blocks); },
+        &residency);
+    if (error != cudaSuccess) return error;
+    max_clusters[i] = residency.blocks;
+  }
+  return cudaSuccess;
+}
+
+// num_splits other than 0 sets the thread blocks per item, rounded down to a cluster's size.
+int32_t choose_blocks(const DecodeParams& params, int64_t num_splits,
+                      const int32_t (&max_clusters)[kClusterSizes], const Residency& solo) {
+  const bool has_solo = solo.blocks > 0;
+  int32_t blocks = 0;
+  if (num_splits > 0) {
+    while (2 * blocks <= kMaxClusterBlocks && (blocks == 0 ? 1 : 2 * blocks) <= num_splits) {
+      blocks = blocks == 0 ? 1 : 2 * blocks;
+    }
+  } else if (params.batch_invariant || !cuda_runs_solo(num_items(params), solo.multiprocessors)) {
+    blocks = cuda_cluster_blocks(num_items(params), max_steps(params), max_clusters);
+    if (blocks == 0 && params.batch_invariant) blocks = 2;
+  }
+  return blocks < 2 ? (has_solo ? 1 : 2) : blocks;
+}
+
+ClusterPlan plan_cluster(const DecodeParams& params, const Entries& entries, int32_t blocks) {
+  ClusterPlan plan;
+  const int32_t slices = num_slices(params.head_dim), most = blocks * kFolders;
+  plan.blocks = blocks;
+  plan.folders = slices < most ? slices : most;
+  plan.layout = {(params.group_size + 1) / 2, slices_of_block(slices, blocks), slices, {1, 1, 1}};
+  plan.layout.sizes = cuda_exchange(blocks, 16 * plan.layout.slot_pieces(),
+                                    16 * plan.layout.inbox_pieces(), entries.exchange_bytes);
+  return plan;
 }
 
 }  // namespace
@@ -74,36 +121,24 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
                          ? find_entries<DType::kFloat16>(params, &plan->entries)
                          : find_entries<DType::kBFloat16>(params, &plan->entries);
   if (!known || !takes(params)) return cudaSuccess;
-  const int64_t items = num_items(params);
-  Residency residency;
-  cudaError_t error = residency_of(params, plan->entries, false, &residency);
-  if (error != cudaSuccess || residency.total() < 2) return error;
+  int32_t max_clusters[kClusterSizes];
+  Residency solo = {};
+  cudaError_t error = find_max_clusters(params, plan->entries, max_clusters);
+  if (error == cudaSuccess && plan->entries.solo != nullptr) {
+    error = solo_residency(params, plan->entries, &solo);
+  }
+  // Without clusters of two, the GPU is older.
+  if (error != cudaSuccess || max_clusters[0] == 0) return error;
   plan->can_run = true;
-  plan->is_solo = num_splits > 0
-                      ? num_splits == 1
-                      : !params.batch_invariant && cuda_runs_solo(items, residency.multiprocessors);
-  plan->is_solo = plan->is_solo && plan->entries.solo != nullptr;
-  if (plan->is_solo) return residency_of(params, plan->entries, true, &residency);
-  plan->teams = cuda_teams(items, residency.multiprocessors, residency.total(), max_steps(params),
-                           plan->entries.stages, num_splits);
+  const int32_t blocks = choose_blocks(params, num_splits, max_clusters, solo);
+  plan->is_solo = blocks == 1;
+  if (!plan->is_solo) plan->cluster = plan_cluster(params, plan->entries, blocks);
   return cudaSuccess;
 }
 
 cudaError_t run(const DecodeParams& params, const Plan& plan, Arena& arena, bool measure_only,
                 cudaStream_t stream) {
   const size_t items = num_items(params);
-  const CudaTeams& teams = plan.teams;
-  TeamSpace space = {teams.teams, teams.workers, teams.claim_steps, teams.ring_steps};
-  const size_t zeroed_from = arena.used();
-  if (!plan.is_solo) {
-    space.state = arena.take<TeamState>(items);
-    space.written = arena.take<int32_t>(items * teams.ring_steps);
-  }
-  const size_t zeroed = arena.used() - zeroed_from;
-  if (!plan.is_solo) {
-    const int pieces = slot_pieces(params.head_dim, head_pairs(params.group_size));
-    space.slots = arena.take<float4>(items * teams.ring_steps * pieces);
-  }
   ListedWalks walks = {};
   const bool is_listed = params.walk_order == WalkOrder::kExplicit;
   if (is_listed) {
@@ -116,10 +151,9 @@ cudaError_t run(const DecodeParams& params, const Plan& plan, Arena& arena, bool
   cudaError_t error = encode_map(params.key, params, &maps.key);
   if (error == cudaSuccess) error = encode_map(params.value, params, &maps.value);
   if (error == cudaSuccess && is_listed) error = list_walks(params, walks, stream);
-  if (error == cudaSuccess && zeroed > 0) error = cudaMemsetAsync(space.state, 0, zeroed, stream);
   if (error != cudaSuccess) return error;
   if (plan.is_solo) return plan.entries.solo(params, walks, maps, stream, nullptr);
-  return plan.entries.team(params, walks, maps, space, stream, nullptr);
+  return plan.entries.cluster(params, walks, maps, plan.cluster, stream, nullptr);
 }
 
 }  // namespace art::cuda::sm90

@@ -13,7 +13,7 @@ struct Plan {
   bool can_run;
   bool is_solo;
   Entries entries;
-  CudaTeams teams;
+  ClusterPlan cluster;
 };
 
 cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan);

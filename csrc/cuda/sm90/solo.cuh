@@ -242,37 +242,6 @@ class SoloConsumer {
   typename Shared::Running& after_;
 };
 
-template <class T, int kDim, int kHeadTiles>
-__device__ void produce_item(const DecodeParams& params, const Maps& maps, const Item& item,
-                             SoloShared<T, kDim, kHeadTiles>& shared) {
-  using Shared = SoloShared<T, kDim, kHeadTiles>;
-  constexpr int kFound = 32 / kBoxes;  // tiles whose boxes the warp finds at once
-  const int32_t per_step = tiles_per_step(params), num_tiles = item.steps.num_steps * per_step;
-  const int lane = threadIdx.x % 32;
-  const auto find = [&](int32_t first_tile) {
-    const int32_t tile = first_tile + lane / kBoxes;
-    return find_box(params, item, tile / per_step, tile % per_step, lane % kBoxes);
-  };
-  Producer<kDim, Shared::kConsumers> producer(params, maps, shared.stages);
-  Box found = {}, next = find(0);
-  for (int32_t tile = 0; tile < num_tiles; ++tile) {
-    if (tile % kFound == 0) {
-      found = next;
-      // The page ids arrive while the stages are still full.
-      next = find(tile + kFound);
-    }
-    const int from = tile % kFound * kBoxes + lane % kBoxes;
-    const Box box = {__shfl_sync(~0u, found.token, from), __shfl_sync(~0u, found.page, from),
-                     __shfl_sync(~0u, found.visible, from)};
-    const int stage = tile / per_step % Shared::kConsumers;
-    producer.wait_for(stage);
-    const bool finished = *const_cast<volatile bool*>(&shared.is_finished);
-    if (__any_sync(~0u, finished)) break;
-    producer.fill(stage, item, tile / per_step, box);
-  }
-  producer.finish();
-}
-
 // Nothing has been read: what the first step is folded into, and the result where there is no step.
 template <class T, int kDim, int kHeadTiles>
 __device__ void clear(SoloShared<T, kDim, kHeadTiles>& shared, int thread, int num_threads) {
@@ -316,7 +285,8 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
                     threadIdx.x, kThreads);
   __syncthreads();
   if (threadIdx.x / 32 == Shared::kConsumers) {
-    produce_item(params, maps, item, shared);
+    produce(params, maps, item, shared.stages, 0, 1,
+            [&] { return *const_cast<const volatile bool*>(&shared.is_finished); });
     return;
   }
   if (threadIdx.x == 0) {
@@ -333,7 +303,13 @@ cudaError_t run_solo(const DecodeParams& params, const ListedWalks& walks, const
   constexpr int kBytes = sizeof(SoloShared<T, kDim, kHeadTiles>) + kSharedAlignment;
   constexpr int kThreads = kSoloThreads<T, kDim, kHeadTiles>;
   const auto kernel = solo_kernel<T, kDim, kHeadTiles>;
-  if (blocks != nullptr) return prepare(kernel, kThreads, kBytes, blocks);
+  if (blocks != nullptr) {
+    bool can_run;
+    *blocks = 0;
+    const cudaError_t error = prepare(kernel, kBytes, &can_run);
+    if (!can_run) return error;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, kThreads, kBytes);
+  }
   const unsigned items = static_cast<unsigned>(params.batch) * params.num_kv_heads;
   kernel<<<items, kThreads, kBytes, stream>>>(params, walks, maps);
   return cudaGetLastError();

@@ -110,6 +110,40 @@ class Producer {
   uint32_t rounds_ = 0;  // a bit for each stage: how often it was filled, modulo two
 };
 
+// Fills the stages with steps first, first + stride, ... of an item, until it `is_finished()`. A
+// step's tiles go through the stage of one consuming warp; steps take the warps in turn.
+template <int kDim, int kStages, class IsFinished>
+__device__ void produce(const DecodeParams& params, const Maps& maps, const Item& item,
+                        Stages<kDim, kStages>& stages, int32_t first, int32_t stride,
+                        const IsFinished& is_finished) {
+  constexpr int kFound = 32 / kBoxes;  // tiles whose boxes the warp finds at once
+  const int32_t per_step = tiles_per_step(params);
+  const int32_t num_steps = (item.steps.num_steps - first + stride - 1) / stride;
+  const int32_t num_tiles = num_steps * per_step;
+  const int lane = threadIdx.x % 32;
+  const auto find = [&](int32_t first_tile) {
+    const int32_t tile = first_tile + lane / kBoxes;
+    return find_box(params, item, first + tile / per_step * stride, tile % per_step, lane % kBoxes);
+  };
+  Producer<kDim, kStages> producer(params, maps, stages);
+  Box found = {}, next = find(0);
+  for (int32_t tile = 0; tile < num_tiles; ++tile) {
+    if (tile % kFound == 0) {
+      found = next;
+      // The page ids arrive while the stages are still full.
+      next = find(tile + kFound);
+    }
+    const int from = tile % kFound * kBoxes + lane % kBoxes;
+    const Box box = {__shfl_sync(~0u, found.token, from), __shfl_sync(~0u, found.page, from),
+                     __shfl_sync(~0u, found.visible, from)};
+    const int stage = tile / per_step % kStages;
+    producer.wait_for(stage);
+    if (__any_sync(~0u, is_finished())) break;
+    producer.fill(stage, item, first + tile / per_step * stride, box);
+  }
+  producer.finish();
+}
+
 // A consuming warp's view of its stage.
 template <class T, int kDim, int kHeadTiles, int kStages>
 class Consumer {

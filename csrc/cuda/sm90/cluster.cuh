@@ -1,0 +1,131 @@
+// A cluster of thread blocks per item: for batches that do not fill the device. The steps are dealt
+// out to the thread blocks in turn; how their results come together is told in exchange.cuh. What a
+// step's result is, and how it is folded and judged, does not depend on who computed it: neither
+// bits nor decisions depend on the size of the cluster.
+#pragma once
+
+#include "cuda/sm90/decider.cuh"
+#include "cuda/sm90/folder.cuh"
+#include "cuda/sm90/kernel.cuh"
+#include "cuda/sm90/worker.cuh"
+
+namespace art::cuda::sm90 {
+
+constexpr int kMaxSharedBytes = 227 << 10;  // of a thread block
+
+template <class T, int kDim, int kHeadTiles>
+struct ClusterShared {
+  static constexpr int kStages = num_cluster_stages(kDim);
+  Stages<kDim, kStages> stages;
+  QueryTile<T, kDim, kHeadTiles> query;
+  Item item;
+  ExchangeShared<kDim, kHeadTiles> exchange;
+};
+
+// What is left of the shared memory for an ExchangeLayout.
+template <class T, int kDim, int kHeadTiles>
+constexpr int kExchangeBytes =
+    (kMaxSharedBytes - kSharedAlignment - int{sizeof(ClusterShared<T, kDim, kHeadTiles>)}) / 16 *
+    16;
+
+// A computing warp for each stage, the folding ones, the one that decides, and the producing one.
+template <int kDim>
+constexpr int kClusterThreads = 32 * (num_cluster_stages(kDim) + kFolders + 2);
+
+template <class T, int kDim, int kHeadTiles>
+__global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
+    cluster_kernel(const __grid_constant__ DecodeParams params,
+                   const __grid_constant__ ListedWalks walks, const __grid_constant__ Maps maps,
+                   const __grid_constant__ ClusterPlan plan) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  __trap();
+#else
+  using Shared = ClusterShared<T, kDim, kHeadTiles>;
+  constexpr int kStages = Shared::kStages;
+  extern __shared__ unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared*>(aligned(memory));
+  const Exchange exchange(plan.layout, reinterpret_cast<unsigned char*>(&shared + 1));
+  const int32_t rank = cluster_rank(), index = blockIdx.x / plan.blocks;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    // In shared memory, because the computing warps have no registers to spare for it.
+    shared.item = find_item(params, walks, index);
+    prefetch_map(&maps.key);
+    prefetch_map(&maps.value);
+    shared.stages.init();
+    shared.exchange.init();
+    fence_barrier_init();
+  }
+  const int32_t batch = index / params.num_kv_heads, kv_head = index % params.num_kv_heads;
+  shared.query.load(params, batch, kv_head * params.group_size, params.group_size, threadIdx.x,
+                    kClusterThreads<kDim>);
+  __syncthreads();
+  const Item& item = shared.item;
+  cluster_arrive_relaxed();
+  // Own tiles can be on their way before the others have started.
+  if (warp == kStages + kFolders + 1) {
+    produce(params, maps, item, shared.stages, rank, plan.blocks,
+            [&] { return shared.exchange.stop != 0; });
+    cluster_wait();
+    cluster_arrive();
+    cluster_wait();
+    return;
+  }
+  cluster_wait();
+
+  if (warp < kStages) {
+    Worker<kDim, kHeadTiles> worker(params, plan, exchange, shared.exchange);
+    Consumer<T, kDim, kHeadTiles, kStages> consumer(params, shared.stages, shared.query);
+    const int32_t sent = worker.run(consumer, item);
+    if (lane < plan.blocks) {
+      send_word(remote_address(&shared.exchange.sent_steps[rank][warp], lane), sent);
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  } else if (warp < kStages + kFolders) {
+    Folder<T, kDim, kHeadTiles> folder(params, plan, exchange, shared.exchange, item, rank,
+                                       warp - kStages);
+    if (folder.has_work()) folder.run();
+    __syncwarp();
+    cluster_arrive();
+    if (folder.has_work()) folder.write_result();
+    cluster_wait();
+    if (warp == kStages && folder.has_work()) folder.drain(kStages);
+  } else {
+    Decider<kDim, kHeadTiles> decider(params, plan, exchange, shared.exchange, item);
+    if (rank == 0 && params.use_stability) decider.run();
+    __syncwarp();
+    cluster_arrive();
+    if (rank == 0) decider.write_result(index);
+    cluster_wait();
+    if (rank == 0) decider.drain();
+  }
+#endif
+}
+
+template <class T, int kDim, int kHeadTiles>
+cudaError_t run_cluster(const DecodeParams& params, const ListedWalks& walks, const Maps& maps,
+                        const ClusterPlan& plan, cudaStream_t stream, int* blocks) {
+  const auto kernel = cluster_kernel<T, kDim, kHeadTiles>;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = plan.blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(params.batch) * params.num_kv_heads * plan.blocks);
+  config.blockDim = dim3(kClusterThreads<kDim>);
+  config.dynamicSmemBytes = kMaxSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  if (blocks == nullptr) return cudaLaunchKernelEx(&config, kernel, params, walks, maps, plan);
+  bool can_run;
+  *blocks = 0;
+  const cudaError_t error = prepare(kernel, kMaxSharedBytes, &can_run);
+  if (!can_run) return error;
+  return cudaOccupancyMaxActiveClusters(blocks, kernel, &config);
+}
+
+}  // namespace art::cuda::sm90
