@@ -98,26 +98,44 @@ ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps,
   return 0;
 }
 
-// Sizes of what the thread blocks of a cluster exchange; all are powers of two.
+// Sizes of what the thread blocks of a cluster exchange, as powers of two.
 struct CudaExchange {
-  int32_t batch_steps;  // folded and judged at once: 8 at most
-  int32_t ring_steps;   // results that wait to be folded, or for the verdict on them
-  int32_t pending;      // batches that may wait for their verdict
+  int32_t batch_log2;    // steps that are folded and judged at once: 8 at most
+  int32_t ring_log2;     // batches whose results wait to be folded, or for the verdict on them
+  int32_t pending_log2;  // batches that may wait for their verdict
+
+  ART_HD int32_t batch_steps() const { return 1 << batch_log2; }
+  ART_HD int32_t ring_batches() const { return 1 << ring_log2; }
+  ART_HD int32_t pending() const { return 1 << pending_log2; }
+  ART_HD int32_t batch_of(int32_t step) const { return step >> batch_log2; }
+  ART_HD int32_t num_batches(int32_t num_steps) const {
+    return (num_steps + batch_steps() - 1) >> batch_log2;
+  }
+  ART_HD int32_t steps_in(int32_t batch, int32_t num_steps) const {
+    const int32_t left = num_steps - (batch << batch_log2);
+    return left < batch_steps() ? left : batch_steps();
+  }
+  // Where a batch lies, and the parity of its barriers there.
+  ART_HD int32_t ring_place(int32_t batch) const { return batch & (ring_batches() - 1); }
+  ART_HD uint32_t ring_parity(int32_t batch) const { return batch >> ring_log2 & 1; }
+  ART_HD int32_t pending_place(int32_t batch) const { return batch & (pending() - 1); }
+  ART_HD uint32_t pending_parity(int32_t batch) const { return batch >> pending_log2 & 1; }
 };
 
 // The largest that fit into `room` bytes. A slot holds a step's result, an inbox the moments of a
 // step. Small clusters take longer for a batch, and stop later with long ones.
-ART_HD CudaExchange cuda_exchange(int32_t blocks, int32_t slot_bytes, int32_t inbox_bytes,
-                                  int32_t room) {
-  for (int32_t batch = blocks == 2 ? 4 : 8; batch > 1; batch /= 2) {
-    for (int32_t batches = 8; batches >= 4; batches /= 2) {
-      for (int32_t pending = 2; pending >= 1; --pending) {
-        const int64_t bytes = int64_t{batch} * (batches * slot_bytes + pending * inbox_bytes);
-        if (bytes <= room) return {batch, batch * batches, pending};
+ART_HD CudaExchange cuda_exchange(int32_t blocks, int64_t slot_bytes, int64_t inbox_bytes,
+                                  int64_t room, int32_t max_pending_log2) {
+  for (int32_t batch = blocks == 2 ? 2 : 3; batch > 0; --batch) {
+    for (int32_t ring = 3; ring >= 2; --ring) {
+      for (int32_t pending = max_pending_log2 < ring ? max_pending_log2 : ring - 1; pending >= 0;
+           --pending) {
+        const int64_t bytes = ((slot_bytes << ring) + (inbox_bytes << pending)) << batch;
+        if (bytes <= room) return {batch, ring, pending};
       }
     }
   }
-  return {1, 2, 1};
+  return {0, 1, 0};
 }
 
 // Waking another thread costs about 5 us, as much as three steps of 64 tokens and four heads.

@@ -7,6 +7,7 @@
 #include "cuda/sm90/decider.cuh"
 #include "cuda/sm90/folder.cuh"
 #include "cuda/sm90/kernel.cuh"
+#include "cuda/sm90/weigher.cuh"
 #include "cuda/sm90/worker.cuh"
 
 namespace art::cuda::sm90 {
@@ -28,9 +29,10 @@ constexpr int kExchangeBytes =
     (kMaxSharedBytes - kSharedAlignment - int{sizeof(ClusterShared<T, kDim, kHeadTiles>)}) / 16 *
     16;
 
-// A computing warp for each stage, the folding ones, the one that decides, and the producing one.
+// A computing warp for each stage, the folding ones, and three: one weighs steps, one decides, and
+// one produces.
 template <int kDim>
-constexpr int kClusterThreads = 32 * (num_cluster_stages(kDim) + kFolders + 2);
+constexpr int kClusterThreads = 32 * (num_cluster_stages(kDim) + kFolders + 3);
 
 template <class T, int kDim, int kHeadTiles>
 __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(aligned(memory));
   const Exchange exchange(plan.layout, reinterpret_cast<unsigned char*>(&shared + 1));
-  const int32_t rank = cluster_rank(), index = blockIdx.x / plan.blocks;
+  const int32_t rank = cluster_rank(), index = blockIdx.x >> plan.blocks_log2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
@@ -64,8 +66,8 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   const Item& item = shared.item;
   cluster_arrive_relaxed();
   // Own tiles can be on their way before the others have started.
-  if (warp == kStages + kFolders + 1) {
-    produce(params, maps, item, shared.stages, rank, plan.blocks,
+  if (warp == kStages + kFolders + 2) {
+    produce(params, maps, item, shared.stages, rank, plan.blocks(),
             [&] { return shared.exchange.stop != 0; });
     cluster_wait();
     cluster_arrive();
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     Worker<kDim, kHeadTiles> worker(params, plan, exchange, shared.exchange);
     Consumer<T, kDim, kHeadTiles, kStages> consumer(params, shared.stages, shared.query);
     const int32_t sent = worker.run(consumer, item);
-    if (lane < plan.blocks) {
+    if (lane < plan.blocks()) {
       send_word(remote_address(&shared.exchange.sent_steps[rank][warp], lane), sent);
     }
     __syncwarp();
@@ -92,7 +94,13 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     cluster_arrive();
     if (folder.has_work()) folder.write_result();
     cluster_wait();
-    if (warp == kStages && folder.has_work()) folder.drain(kStages);
+  } else if (warp == kStages + kFolders) {
+    Weigher<kDim, kHeadTiles> weigher(params, plan, exchange, shared.exchange, item, rank);
+    if (rank < num_slices(kDim)) weigher.run();
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+    if (rank < num_slices(kDim)) weigher.drain(kStages);
   } else {
     Decider<kDim, kHeadTiles> decider(params, plan, exchange, shared.exchange, item);
     if (rank == 0 && params.use_stability) decider.run();
@@ -111,10 +119,10 @@ cudaError_t run_cluster(const DecodeParams& params, const ListedWalks& walks, co
   const auto kernel = cluster_kernel<T, kDim, kHeadTiles>;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.blocks;
+  cluster.val.clusterDim.x = plan.blocks();
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(params.batch) * params.num_kv_heads * plan.blocks);
+  config.gridDim = dim3(static_cast<unsigned>(params.batch) * params.num_kv_heads * plan.blocks());
   config.blockDim = dim3(kClusterThreads<kDim>);
   config.dynamicSmemBytes = kMaxSharedBytes;
   config.stream = stream;

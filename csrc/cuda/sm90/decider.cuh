@@ -21,29 +21,30 @@ class Decider {
         shared_(shared),
         item_(item),
         lane_(threadIdx.x % 32),
-        num_batches_((item.steps.num_steps + sizes_.batch_steps - 1) / sizes_.batch_steps) {}
+        num_batches_(sizes_.num_batches(item.steps.num_steps)) {}
 
   __device__ void run() {
     if (lane_ == 0) {
-      for (int32_t batch = 0; batch < sizes_.pending; ++batch) expect(batch);
+      for (int32_t batch = 0; batch < sizes_.pending(); ++batch) expect(batch);
     }
     PatienceCounter patience;
     const int32_t starting = item_.steps.num_start_steps > 1 ? item_.steps.num_start_steps : 1;
     while (batch_ < num_batches_ && last_step_ < 0) {
-      const int32_t first = batch_ * sizes_.batch_steps, count = steps_of(batch_);
-      judged(batch_).wait(parity(batch_));
+      const int32_t first = batch_ << sizes_.batch_log2;
+      const int32_t count = steps_of(batch_);
+      judged(batch_).wait(sizes_.pending_parity(batch_));
       const uint32_t unstable = unstable_steps(count);
-      if (lane_ == 0) expect(batch_ + sizes_.pending);
-      __syncwarp();
       for (int32_t i = starting > first ? starting - first : 0; i < count && last_step_ < 0; ++i) {
         if (patience.completes(!(unstable >> i & 1), params_.patience)) last_step_ = first + i;
       }
+      if (lane_ == 0 && last_step_ < 0) expect(batch_ + sizes_.pending());
+      __syncwarp();
       // Where the item ends is all that the others need to know: it orders nothing.
-      if (lane_ < plan_.blocks) {
+      if (lane_ < plan_.blocks()) {
         if (last_step_ >= 0) {
           send_word(remote_address(&shared_.stop, lane_), last_step_ + 1);
         } else {
-          arrive_remotely(remote_address(&shared_.decided[batch_ & (sizes_.pending - 1)], lane_));
+          arrive_remotely(remote_address(&shared_.decided[sizes_.ring_place(batch_)], lane_));
         }
       }
       ++batch_;
@@ -62,30 +63,31 @@ class Decider {
   // Waits for the moments that are still on their way; when all others are done.
   __device__ void drain() const {
     if (last_step_ < 0) return;
-    for (int32_t batch = batch_; batch < num_batches_ && batch < batch_ + sizes_.pending; ++batch) {
-      // Each lane looks at one folding warp, by its first slice.
-      const bool is_missing = lane_ < plan_.folders && shared_.sent_moments[lane_] <= batch;
-      const int32_t apart = plan_.blocks * kFolders;
-      const int32_t slices = is_missing ? (kSlices - lane_ + apart - 1) / apart : 0;
-      const int32_t missing = __reduce_add_sync(~0u, slices);
+    const int32_t rank = lane_ / kFolders;
+    const FolderShare folder(plan_, rank, lane_ % kFolders);
+    const bool has_work = rank < plan_.blocks() && folder.first < kSlices;
+    const int32_t end = batch_ - 1 + sizes_.pending();
+    for (int32_t batch = batch_; batch < num_batches_ && batch < end; ++batch) {
+      // Each lane looks at one folding warp.
+      const bool is_judge = has_work && (batch & ((1 << plan_.judges_log2) - 1)) == folder.turn;
+      const bool is_missing = is_judge && shared_.sent_moments[lane_] <= batch;
+      const int32_t missing = __reduce_add_sync(~0u, is_missing ? folder.num_slices(kSlices) : 0);
       if (lane_ == 0 && missing > 0) judged(batch).complete(missing * bytes_of(batch));
-      judged(batch).wait(parity(batch));
+      judged(batch).wait(sizes_.pending_parity(batch));
     }
   }
 
  private:
   __device__ int32_t steps_of(int32_t batch) const {
-    const int32_t left = item_.steps.num_steps - batch * sizes_.batch_steps;
-    return left < sizes_.batch_steps ? left : sizes_.batch_steps;
+    return sizes_.steps_in(batch, item_.steps.num_steps);
   }
   // Of one slice.
   __device__ uint32_t bytes_of(int32_t batch) const {
     return steps_of(batch) * exchange_.moment_bytes();
   }
   __device__ Barrier& judged(int32_t batch) const {
-    return shared_.judged[batch & (sizes_.pending - 1)];
+    return shared_.judged[sizes_.pending_place(batch)];
   }
-  __device__ uint32_t parity(int32_t batch) const { return batch / sizes_.pending & 1; }
 
   __device__ void expect(int32_t batch) const {
     if (batch < num_batches_) judged(batch).arrive_and_expect(kSlices * bytes_of(batch));

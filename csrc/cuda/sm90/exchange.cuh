@@ -31,10 +31,11 @@ class Exchange {
   }
   // {aa, ad, dd, scale} of head 2 * pair + head, for step `in_batch` of the batch.
   __device__ float4* moments(int32_t batch, int32_t slice, int head, int in_batch, int pair) const {
-    const int32_t steps = layout_.sizes.batch_steps;
-    const int32_t box = batch & (layout_.sizes.pending - 1);
-    return ring_ + layout_.sizes.ring_steps * layout_.slot_pieces() + box * layout_.inbox_pieces() +
-           ((2 * slice + head) * steps + in_batch) * layout_.pairs + pair;
+    const CudaExchange& sizes = layout_.sizes;
+    const float4* inbox = ring_ + (sizes.batch_steps() * layout_.slot_pieces() << sizes.ring_log2) +
+                          sizes.pending_place(batch) * layout_.inbox_pieces();
+    return const_cast<float4*>(inbox) +
+           (((2 * slice + head) << sizes.batch_log2) + in_batch) * layout_.pairs + pair;
   }
 
   // Bytes of one step's result for a thread block with `slices` slices, and of the moments of a
@@ -46,52 +47,63 @@ class Exchange {
 
  private:
   __device__ float4* slot(int32_t step) const {
-    return ring_ + (step & (layout_.sizes.ring_steps - 1)) * layout_.slot_pieces();
+    const int32_t ring_steps = layout_.sizes.batch_steps() << layout_.sizes.ring_log2;
+    return ring_ + (step & (ring_steps - 1)) * layout_.slot_pieces();
   }
 
   const ExchangeLayout& layout_;
   float4* const ring_;
 };
 
-// What a warp that folds keeps of the state before a batch, until the verdict on it is known.
+constexpr int kMaxRingBatches = 8;
+constexpr int kBatchSteps = 8;  // at most
+constexpr int kMaxFolders = kMaxClusterBlocks * kFolders;
+
+// Batches that may wait for their verdict: more where warps of a team judge side by side.
+constexpr int max_pending_log2(int head_dim, int head_tiles) {
+  return head_dim * head_tiles <= 128 ? 2 : 1;
+}
+
+// Scalars of a batch's steps, [step][pair of heads].
+template <int kHeadTiles>
+struct StepTable {
+  float4 factors[kHeadTiles][kBatchSteps][kLanePairs];  // {running, incoming} of both heads
+  float4 weights[kHeadTiles][kBatchSteps][kLanePairs];  // {change, share} of both heads
+  float4 states[kHeadTiles][kBatchSteps][kLanePairs];   // after the step
+};
+
+// What a warp keeps of its values before a batch, until the verdict on it is known.
 template <int kDim, int kHeadTiles>
 struct Snapshot {
   static constexpr int kOwn = slices_of_block(num_slices(kDim), 2 * kFolders);
   float4 values[kOwn][kHeadTiles][32];
-  float4 states[kHeadTiles][kLanePairs];
 };
-
-// Scalars of the steps of a batch, by lane: step lane / 4, heads of pair lane % 4.
-template <int kHeadTiles>
-struct StepTable {
-  float4 factors[kHeadTiles][32];  // {running, incoming} of both heads
-  float4 weights[kHeadTiles][32];  // {change, share} of both heads
-  float2 masses[kHeadTiles][32];
-};
-
-constexpr int kMaxPending = 2;
-constexpr int kMaxRingBatches = 8;
-constexpr int kMaxFolders = 16;  // with slices, in a cluster
 
 template <int kDim, int kHeadTiles>
 struct ExchangeShared {
-  Barrier full[kMaxRingBatches];  // results of a batch are here
-  Barrier judged[kMaxPending];    // moments of a batch are here; of the first thread block
-  Barrier decided[kMaxPending];   // reading goes on after a batch
-  // Written from afar. Batches whose ring slots are free again, by the first slice of the warp.
+  static constexpr int kMaxPending = 1 << max_pending_log2(kDim, kHeadTiles);
+
+  Barrier full[kMaxRingBatches];     // results of a batch are here
+  Barrier weighed[kMaxRingBatches];  // and so are its scalars
+  Barrier judged[kMaxPending];       // moments of a batch are here; of the first thread block
+  Barrier decided[kMaxRingBatches];  // reading goes on after a batch
+  // Written from afar. Batches whose ring slots a warp no longer needs: [rank * kFolders + warp].
   volatile int32_t freed[kMaxFolders];
   volatile int32_t stop;  // the last step that counts, plus one; 0: not known yet, or all count
-  // When a thread block is done: results that each of its warps has sent, and batches whose
-  // moments.
+  // When a thread block is done: results that each of its warps has sent, and the first batch
+  // whose moments a folding warp has not.
   volatile int32_t sent_steps[kMaxClusterBlocks][kMaxClusterBlocks];
   volatile int32_t sent_moments[kMaxFolders];
 
-  StepTable<kHeadTiles> tables[kFolders];
+  // A batch's scalars are free again with its results.
+  StepTable<kHeadTiles> tables[kMaxRingBatches];
+  float2 masses[32];
   Snapshot<kDim, kHeadTiles> snapshots[kFolders][kMaxPending];
 
   // By one thread.
   __device__ void init() {
     for (Barrier& barrier : full) barrier.init(1);
+    for (Barrier& barrier : weighed) barrier.init(1);
     for (Barrier& barrier : judged) barrier.init(1);
     for (Barrier& barrier : decided) barrier.init(1);
     for (volatile int32_t& batches : freed) batches = 0;

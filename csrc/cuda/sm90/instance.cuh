@@ -20,12 +20,17 @@ struct TypeOf<DType::kFloat16> {
 template <DType kDType, int kDim>
 Entries entries(int32_t group_size) {
   using T = typename TypeOf<kDType>::Type;
-  // A warp has not the registers to compute and fold 8 heads of 256 channels, or 16 of more than
-  // 128.
+  // A warp has not the registers for 16 heads of more than 128 channels; nor, to fold besides
+  // computing, for 8 of 256.
   const auto make = [](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    Entries made = {nullptr, run_cluster<T, kDim, kTiles>, kExchangeBytes<T, kDim, kTiles>};
-    if constexpr (kDim * kTiles <= 256 && kDim < 256) made.solo = run_solo<T, kDim, kTiles>;
+    Entries made = {};
+    if constexpr (kDim * kTiles <= 256) {
+      if constexpr (kDim < 256) made.solo = run_solo<T, kDim, kTiles>;
+      made.cluster = run_cluster<T, kDim, kTiles>;
+      made.exchange_bytes = kExchangeBytes<T, kDim, kTiles>;
+      made.max_pending_log2 = max_pending_log2(kDim, kTiles);
+    }
     return made;
   };
   using std::integral_constant;

@@ -21,10 +21,11 @@ constexpr int num_stages(int head_dim, int head_tiles) {
   return 3;
 }
 
-// One thread block of a cluster has a multiprocessor to itself, and 128 to 160 KiB of tiles.
+// One thread block of a cluster has a multiprocessor to itself, and 96 to 160 KiB of tiles. With
+// seven warps more than stages, twelve warps may have 168 registers each, and sixteen 128.
 constexpr int num_cluster_stages(int head_dim) {
   if (head_dim <= 64) return 8;
-  return head_dim <= 96 ? 6 : head_dim <= 128 ? 5 : head_dim <= 192 ? 3 : 2;
+  return head_dim <= 128 ? 5 : head_dim <= 192 ? 3 : 2;
 }
 
 __device__ inline unsigned char* aligned(unsigned char* memory) {

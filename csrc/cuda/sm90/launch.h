@@ -21,8 +21,9 @@ struct Maps {
 
 // A cluster of thread blocks shares an item's steps and, by slices of 16 channels, their folding.
 constexpr int kMaxClusterBlocks = 8;
-constexpr int kFolders = 4;    // warps of a thread block that fold
-constexpr int kLanePairs = 4;  // head pairs of a head tile: pair 4 * tile + lane % 4
+constexpr int kFoldersLog2 = 2;
+constexpr int kFolders = 1 << kFoldersLog2;  // warps of a thread block that fold
+constexpr int kLanePairs = 4;                // head pairs of a head tile: pair 4 * tile + lane % 4
 
 ART_HD constexpr int num_slices(int head_dim) { return head_dim / 16; }
 ART_HD constexpr int slices_of_block(int slices, int blocks) {
@@ -39,28 +40,55 @@ struct ExchangeLayout {
   CudaExchange sizes;
 
   ART_HD int32_t slot_pieces() const { return (8 * local + 1) * pairs; }
-  ART_HD int32_t inbox_pieces() const { return 2 * slices * sizes.batch_steps * pairs; }
+  ART_HD int32_t inbox_pieces() const { return 2 * slices * sizes.batch_steps() * pairs; }
   ART_HD int32_t bytes() const {
-    return 16 * (sizes.ring_steps * slot_pieces() + sizes.pending * inbox_pieces());
+    return 16 * ((sizes.batch_steps() * slot_pieces() << sizes.ring_log2) +
+                 (inbox_pieces() << sizes.pending_log2));
   }
 };
 
 struct ClusterPlan {
-  int32_t blocks;   // thread blocks per item: 2, 4 or 8
-  int32_t folders;  // warps of the whole cluster that have a slice
+  int32_t blocks_log2;  // thread blocks per item: 2, 4 or 8
+  // Folding warps of a thread block that have the same slices. All fold them; judging takes
+  // longer, and they do that in turn.
+  int32_t judges_log2;
   ExchangeLayout layout;
+
+  ART_HD int32_t blocks() const { return 1 << blocks_log2; }
+};
+
+// One warp that folds: slices first, first + apart, ... of every step.
+struct FolderShare {
+  int32_t first;  // not below the number of slices: there is nothing for this warp
+  int32_t apart_log2;
+  int32_t turn;  // judges batches turn, turn + judges, ...
+
+  ART_HD FolderShare(const ClusterPlan& plan, int32_t rank, int32_t warp) {
+    const int32_t owners_log2 = kFoldersLog2 - plan.judges_log2;
+    first = rank + ((warp & ((1 << owners_log2) - 1)) << plan.blocks_log2);
+    apart_log2 = owners_log2 + plan.blocks_log2;
+    turn = warp >> owners_log2;
+  }
+  // Without a criterion one warp for each slice is enough.
+  ART_HD bool has_work(int32_t slices, bool judges) const {
+    return first < slices && (judges || turn == 0);
+  }
+  ART_HD int32_t num_slices(int32_t slices) const {
+    return (slices - first + (1 << apart_log2) - 1) >> apart_log2;
+  }
 };
 
 // Entry points. With `blocks`, they prepare the kernel on the current device instead of launching
 // it, and tell how many thread blocks fit on one multiprocessor, or how many clusters of
 // plan.blocks on the device (0: it cannot run).
 struct Entries {
-  // Null where there is no such kernel.
+  // Null where there is no such kernel; without clusters there is no other either.
   cudaError_t (*solo)(const DecodeParams&, const ListedWalks&, const Maps&, cudaStream_t,
                       int* blocks);
   cudaError_t (*cluster)(const DecodeParams&, const ListedWalks&, const Maps&, const ClusterPlan&,
                          cudaStream_t, int* blocks);
-  int exchange_bytes;  // room for an ExchangeLayout
+  int exchange_bytes;    // room for an ExchangeLayout
+  int max_pending_log2;  // of its sizes
 };
 
 // For 8 or 16 query heads; defined in one file per dtype and head size.

@@ -74,7 +74,7 @@ cudaError_t find_max_clusters(const DecodeParams& params, const Entries& entries
   static ResidencyCache<kKernels * kClusterSizes> cache;
   for (int i = 0; i < kClusterSizes; ++i) {
     ClusterPlan plan = {};
-    plan.blocks = 2 << i;
+    plan.blocks_log2 = i + 1;
     Residency residency;
     const cudaError_t error = cache.get(
         kernel_number(params) * kClusterSizes + i,
@@ -104,12 +104,13 @@ int32_t choose_blocks(const DecodeParams& params, int64_t num_splits,
 
 ClusterPlan plan_cluster(const DecodeParams& params, const Entries& entries, int32_t blocks) {
   ClusterPlan plan;
-  const int32_t slices = num_slices(params.head_dim), most = blocks * kFolders;
-  plan.blocks = blocks;
-  plan.folders = slices < most ? slices : most;
-  plan.layout = {(params.group_size + 1) / 2, slices_of_block(slices, blocks), slices, {1, 1, 1}};
-  plan.layout.sizes = cuda_exchange(blocks, 16 * plan.layout.slot_pieces(),
-                                    16 * plan.layout.inbox_pieces(), entries.exchange_bytes);
+  const int32_t slices = num_slices(params.head_dim), local = slices_of_block(slices, blocks);
+  plan.blocks_log2 = blocks == 8 ? 3 : blocks / 2;
+  plan.judges_log2 = local == 1 ? 2 : local == 2 ? 1 : 0;
+  plan.layout = {(params.group_size + 1) / 2, local, slices, {}};
+  plan.layout.sizes =
+      cuda_exchange(blocks, 16 * plan.layout.slot_pieces(), 16 * plan.layout.inbox_pieces(),
+                    entries.exchange_bytes, entries.max_pending_log2);
   return plan;
 }
 
@@ -120,7 +121,7 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
   const bool known = params.dtype == DType::kFloat16
                          ? find_entries<DType::kFloat16>(params, &plan->entries)
                          : find_entries<DType::kBFloat16>(params, &plan->entries);
-  if (!known || !takes(params)) return cudaSuccess;
+  if (!known || plan->entries.cluster == nullptr || !takes(params)) return cudaSuccess;
   int32_t max_clusters[kClusterSizes];
   Residency solo = {};
   cudaError_t error = find_max_clusters(params, plan->entries, max_clusters);

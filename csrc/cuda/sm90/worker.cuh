@@ -17,7 +17,11 @@ class Worker {
         exchange_(exchange),
         shared_(shared),
         pairs_((params.group_size + 1) / 2),
-        lane_(threadIdx.x % 32) {}
+        lane_(threadIdx.x % 32) {
+    const int32_t rank = lane_ / kFolders;
+    const FolderShare folder(plan, rank, lane_ % kFolders);
+    waits_ = rank < plan.blocks() && folder.has_work(num_slices(kDim), params.use_stability);
+  }
 
   // Until the stages end or the item does; returns the number of results that were sent.
   template <class Consumer>
@@ -35,34 +39,33 @@ class Worker {
   }
 
  private:
-  // Waits until the ring slot of a step is free in every thread block.
+  // Waits until the ring slot of a step is free in every thread block: each lane looks at one
+  // folding warp.
   __device__ bool may_send(int32_t step) const {
-    const int32_t batch = step / plan_.layout.sizes.batch_steps;
-    const int32_t needed =
-        batch + 1 - plan_.layout.sizes.ring_steps / plan_.layout.sizes.batch_steps;
+    const CudaExchange& sizes = plan_.layout.sizes;
+    const int32_t needed = sizes.batch_of(step) + 1 - sizes.ring_batches();
     while (true) {
-      const bool free = lane_ >= plan_.folders || shared_.freed[lane_ % kMaxFolders] >= needed;
-      const bool is_free = __all_sync(~0u, free);
-      // What one warp has seen, all its lanes act on.
+      const bool is_free = __all_sync(~0u, !waits_ || shared_.freed[lane_] >= needed);
       if (__any_sync(~0u, shared_.stop != 0)) return false;
       if (is_free) return true;
+      __nanosleep(32);
     }
   }
 
   __device__ void send_result(int32_t step, const Partial<kDim, kHeadTiles>& partial) const {
     constexpr int kSlices = num_slices(kDim);
-    const int32_t blocks = plan_.blocks, row = lane_ / 4;
-    const int32_t batches = plan_.layout.sizes.ring_steps / plan_.layout.sizes.batch_steps;
-    Barrier& full = shared_.full[step / plan_.layout.sizes.batch_steps & (batches - 1)];
+    const CudaExchange& sizes = plan_.layout.sizes;
+    const int32_t blocks = plan_.blocks(), row = lane_ / 4;
+    Barrier& full = shared_.full[sizes.ring_place(sizes.batch_of(step))];
 #pragma unroll
     for (int ht = 0; ht < kHeadTiles; ++ht) {
       const int pair = kLanePairs * ht + lane_ % 4;
       if (pair >= pairs_) continue;
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
-        const int32_t block = slice % blocks;
+        const int32_t block = slice & (blocks - 1);
         const float (&v)[4] = partial.values[ht][slice];
-        send(remote_address(exchange_.values(step, slice / blocks, row, pair), block),
+        send(remote_address(exchange_.values(step, slice >> plan_.blocks_log2, row, pair), block),
              make_float4(v[0], v[1], v[2], v[3]), remote_address(&full, block));
       }
       // Every row of lanes has the states: one sends to each thread block that has slices.
@@ -79,6 +82,7 @@ class Worker {
   Shared& shared_;
   const int32_t pairs_;
   const int lane_;
+  bool waits_;  // for the folding warp that this lane looks at
 };
 
 }  // namespace art::cuda::sm90
