@@ -258,7 +258,7 @@ def test_patience_is_an_int(patience):
     ids=lambda changes: "-".join(changes),
 )
 def test_the_bare_operator_raises_runtime_error(changes, device):
-    given = arguments(device) | changes
+    given = arguments(device) | moved(changes, device)
     with pytest.raises(RuntimeError, match="decode_attention: "):
         torch.ops.art.decode_attention(**given)
 

@@ -51,11 +51,13 @@ def assert_bits(a, b):
 )
 def test_alone_and_in_any_batch(case, dtype, criterion, device):
     inputs = build(case, dtype, device)
-    together = inputs.call(decode_attention, criterion=criterion)
+    # On a GPU the batch decides on the schedule, unless it is asked not to.
+    options = {"criterion": criterion, "batch_invariant": device.type == "cuda"}
+    together = inputs.call(decode_attention, **options)
     size = len(case.seq_lens)
     batches = [[i] for i in range(size)] + [list(range(size))[::-1], [size - 1, 0, 0, size - 1]]
     for rows in batches:
-        result = inputs.select(rows).call(decode_attention, criterion=criterion)
+        result = inputs.select(rows).call(decode_attention, **options)
         assert_bits(result, [t[rows] for t in together])
 
 
@@ -94,13 +96,20 @@ def split(inputs, criterion, num_splits):
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", MIXED, **by_name)
 def test_any_number_of_splits(case, dtype, criterion, device, threads):
+    """On a GPU one thread block for each sequence and head is a schedule with bits of its own."""
     inputs = build(case, dtype, device)
     threads(1)
-    expected = inputs.call(decode_attention, criterion=criterion)
+    schedules = [(1, 2, 3, 7, 16, 61, 1000)]
+    if device.type == "cuda":
+        schedules = [(1,), (2, 3, 7, 16, 61, 1000)]
+    expected = [split(inputs, criterion, numbers[0]) for numbers in schedules]
     for count in (1, 2):
         threads(count)
-        for num_splits in (1, 2, 3, 7, 16, 61, 1000):
-            assert_bits(split(inputs, criterion, num_splits), expected)
+        for numbers, bits in zip(schedules, expected, strict=True):
+            for num_splits in numbers:
+                assert_bits(split(inputs, criterion, num_splits), bits)
+        chosen = inputs.call(decode_attention, criterion=criterion)
+        assert any(all(map(torch.equal, chosen, bits)) for bits in expected)
 
 
 @pytest.mark.parametrize("num_splits", [None, 2, 5, 40])

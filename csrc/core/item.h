@@ -28,11 +28,13 @@ ART_HD TokenRange visible_of(const DecodeParams& params, int32_t index) {
   const int32_t capacity = params.max_pages * params.page_size;
   const int32_t len = listed < 0 ? 0 : (listed < capacity ? listed : capacity);
   const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
-  return visible_tokens(len, start, params.sliding_window);
+  return visible_tokens(len, start < 0 ? 0 : start, params.sliding_window);
 }
 
 ART_HD int32_t num_pinned_of(const DecodeParams& params, int32_t index) {
-  return params.pinned_units == nullptr ? params.num_pinned : params.pinned_units[index];
+  const int32_t pinned =
+      params.pinned_units == nullptr ? params.num_pinned : params.pinned_units[index];
+  return pinned < 0 ? 0 : pinned;
 }
 
 ART_HD Item make_item(const DecodeParams& params, int32_t index, TokenRange visible,

@@ -21,13 +21,18 @@ struct IncrementWeights {
   float share;  // 1 - keep: the block's share of the softmax mass
 };
 
-ART_HD IncrementWeights increment_weights(const SoftmaxState& incoming, const SoftmaxState& after,
-                                          const FoldFactors& factors, const float* sink_logit) {
-  const float block = incoming.sum * factors.incoming;
+// `block`: softmax mass of the block, against the maximum of `after`.
+ART_HD IncrementWeights increment_weights(float block, const SoftmaxState& after,
+                                          const float* sink_logit) {
   const float total = after.sum + sink_mass(after, sink_logit);
   // A sink far above every logit overflows the total: the block's share is then nothing.
   if (total == INFINITY) return {1.0f, 0.0f};
   return {(total - block) / total, block / total};
+}
+
+ART_HD IncrementWeights increment_weights(const SoftmaxState& incoming, const SoftmaxState& after,
+                                          const FoldFactors& factors, const float* sink_logit) {
+  return increment_weights(incoming.sum * factors.incoming, after, sink_logit);
 }
 
 // Inner products of the output a and its change d.

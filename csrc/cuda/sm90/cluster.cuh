@@ -1,11 +1,10 @@
-// A cluster of thread blocks per item: for batches that do not fill the device. The steps are dealt
-// out to the thread blocks in turn; how their results come together is told in exchange.cuh. What a
-// step's result is, and how it is folded and judged, does not depend on who computed it: neither
-// bits nor decisions depend on the size of the cluster.
+// A cluster of thread blocks per item: for batches that do not fill the device. How their results
+// come together is told in exchange.cuh. What a step's result is, and how it is folded and judged,
+// does not depend on who computed it: neither bits nor decisions depend on the size of the cluster.
 #pragma once
 
-#include "cuda/sm90/decider.cuh"
 #include "cuda/sm90/folder.cuh"
+#include "cuda/sm90/judge.cuh"
 #include "cuda/sm90/kernel.cuh"
 #include "cuda/sm90/weigher.cuh"
 #include "cuda/sm90/worker.cuh"
@@ -29,7 +28,7 @@ constexpr int kExchangeBytes =
     (kMaxSharedBytes - kSharedAlignment - int{sizeof(ClusterShared<T, kDim, kHeadTiles>)}) / 16 *
     16;
 
-// A computing warp for each stage, the folding ones, and three: one weighs steps, one decides, and
+// A computing warp for each stage, the folding ones, and three: one weighs steps, one judges, and
 // one produces.
 template <int kDim>
 constexpr int kClusterThreads = 32 * (num_cluster_stages(kDim) + kFolders + 3);
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   constexpr int kStages = Shared::kStages;
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(aligned(memory));
-  const Exchange exchange(plan.layout, reinterpret_cast<unsigned char*>(&shared + 1));
+  const Exchange exchange(plan, reinterpret_cast<unsigned char*>(&shared + 1));
   const int32_t rank = cluster_rank(), index = blockIdx.x >> plan.blocks_log2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -92,23 +91,22 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     if (folder.has_work()) folder.run();
     __syncwarp();
     cluster_arrive();
-    if (folder.has_work()) folder.write_result();
+    if (folder.has_work()) folder.write_result(index);
     cluster_wait();
   } else if (warp == kStages + kFolders) {
-    Weigher<kDim, kHeadTiles> weigher(params, plan, exchange, shared.exchange, item, rank);
+    Weigher<kDim, kHeadTiles> weigher(plan, exchange, shared.exchange, item, rank);
     if (rank < num_slices(kDim)) weigher.run();
     __syncwarp();
     cluster_arrive();
     cluster_wait();
     if (rank < num_slices(kDim)) weigher.drain(kStages);
   } else {
-    Decider<kDim, kHeadTiles> decider(params, plan, exchange, shared.exchange, item);
-    if (rank == 0 && params.use_stability) decider.run();
+    Judge<kDim, kHeadTiles> judge(params, plan, exchange, shared.exchange, item, rank);
+    if (params.use_stability) judge.run();
     __syncwarp();
     cluster_arrive();
-    if (rank == 0) decider.write_result(index);
     cluster_wait();
-    if (rank == 0) decider.drain();
+    if (params.use_stability) judge.drain();
   }
 #endif
 }

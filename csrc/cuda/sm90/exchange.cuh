@@ -3,7 +3,8 @@
 // The steps of an item are dealt out to the thread blocks in turn. The result of a step is cut into
 // slices of 16 channels (the rows of one tile of the second product, for all heads of the group);
 // every thread block folds its own slices of all steps, so the work of folding is shared too. Each
-// slice's part of the inner products goes to the first thread block, where one warp decides.
+// slice's part of the inner products goes to the thread block whose turn it is to judge the batch.
+// Its verdict, a bit for each step, goes to all, and each finds out where reading stops.
 //
 // Results and moments travel as asynchronous stores that complete a barrier of the receiver. All
 // else (how far slices are folded, that the item has ended) are single words whose arrival orders
@@ -19,8 +20,10 @@ namespace art::cuda::sm90 {
 // The layout of a thread block's room, with its addresses.
 class Exchange {
  public:
-  __device__ Exchange(const ExchangeLayout& layout, unsigned char* room)
-      : layout_(layout), ring_(reinterpret_cast<float4*>(room)) {}
+  __device__ Exchange(const ClusterPlan& plan, unsigned char* room)
+      : layout_(plan.layout),
+        blocks_log2_(plan.blocks_log2),
+        ring_(reinterpret_cast<float4*>(room)) {}
 
   // Of one lane: row `row` of 8, and the pair of heads.
   __device__ float4* values(int32_t step, int32_t local_slice, int row, int pair) const {
@@ -33,9 +36,18 @@ class Exchange {
   __device__ float4* moments(int32_t batch, int32_t slice, int head, int in_batch, int pair) const {
     const CudaExchange& sizes = layout_.sizes;
     const float4* inbox = ring_ + (sizes.batch_steps() * layout_.slot_pieces() << sizes.ring_log2) +
-                          sizes.pending_place(batch) * layout_.inbox_pieces();
+                          inbox_place_of(batch) * layout_.inbox_pieces();
     return const_cast<float4*>(inbox) +
            (((2 * slice + head) << sizes.batch_log2) + in_batch) * layout_.pairs + pair;
+  }
+
+  // The thread block whose turn it is to judge a batch, and where its moments lie there.
+  __device__ int32_t judge_of(int32_t batch) const { return batch & (blocks() - 1); }
+  __device__ int32_t inbox_place_of(int32_t batch) const {
+    return batch >> blocks_log2_ & (layout_.sizes.inbox_batches() - 1);
+  }
+  __device__ uint32_t inbox_parity(int32_t batch) const {
+    return batch >> (blocks_log2_ + layout_.sizes.inbox_log2) & 1;
   }
 
   // Bytes of one step's result for a thread block with `slices` slices, and of the moments of a
@@ -47,11 +59,13 @@ class Exchange {
 
  private:
   __device__ float4* slot(int32_t step) const {
-    const int32_t ring_steps = layout_.sizes.batch_steps() << layout_.sizes.ring_log2;
-    return ring_ + (step & (ring_steps - 1)) * layout_.slot_pieces();
+    return ring_ + layout_.sizes.slot_of(step) * layout_.slot_pieces();
   }
 
+  __device__ int32_t blocks() const { return 1 << blocks_log2_; }
+
   const ExchangeLayout& layout_;
+  const int32_t& blocks_log2_;
   float4* const ring_;
 };
 
@@ -61,14 +75,14 @@ constexpr int kMaxFolders = kMaxClusterBlocks * kFolders;
 
 // Batches that may wait for their verdict: more where warps of a team judge side by side.
 constexpr int max_pending_log2(int head_dim, int head_tiles) {
-  return head_dim * head_tiles <= 128 ? 2 : 1;
+  return head_dim * head_tiles <= 128 ? 3 : 2;
 }
 
 // Scalars of a batch's steps, [step][pair of heads].
 template <int kHeadTiles>
 struct StepTable {
   float4 factors[kHeadTiles][kBatchSteps][kLanePairs];  // {running, incoming} of both heads
-  float4 weights[kHeadTiles][kBatchSteps][kLanePairs];  // {change, share} of both heads
+  float4 sums[kHeadTiles][kBatchSteps][kLanePairs];     // {running, mass} of both heads
   float4 states[kHeadTiles][kBatchSteps][kLanePairs];   // after the step
 };
 
@@ -85,10 +99,11 @@ struct ExchangeShared {
 
   Barrier full[kMaxRingBatches];     // results of a batch are here
   Barrier weighed[kMaxRingBatches];  // and so are its scalars
-  Barrier judged[kMaxPending];       // moments of a batch are here; of the first thread block
-  Barrier decided[kMaxRingBatches];  // reading goes on after a batch
+  Barrier moments[kMaxPending];      // moments of a batch that is judged here are here
   // Written from afar. Batches whose ring slots a warp no longer needs: [rank * kFolders + warp].
   volatile int32_t freed[kMaxFolders];
+  // Bits of a batch's unstable steps, below the number of the batch plus one.
+  volatile int32_t verdicts[kMaxRingBatches];
   volatile int32_t stop;  // the last step that counts, plus one; 0: not known yet, or all count
   // When a thread block is done: results that each of its warps has sent, and the first batch
   // whose moments a folding warp has not.
@@ -97,15 +112,15 @@ struct ExchangeShared {
 
   // A batch's scalars are free again with its results.
   StepTable<kHeadTiles> tables[kMaxRingBatches];
-  float2 masses[32];
+  float4 weights[kFolders][32];  // {change, share} of both heads, by step and pair
   Snapshot<kDim, kHeadTiles> snapshots[kFolders][kMaxPending];
 
   // By one thread.
   __device__ void init() {
     for (Barrier& barrier : full) barrier.init(1);
     for (Barrier& barrier : weighed) barrier.init(1);
-    for (Barrier& barrier : judged) barrier.init(1);
-    for (Barrier& barrier : decided) barrier.init(1);
+    for (Barrier& barrier : moments) barrier.init(1);
+    for (volatile int32_t& verdict : verdicts) verdict = 0;
     for (volatile int32_t& batches : freed) batches = 0;
     stop = 0;
   }

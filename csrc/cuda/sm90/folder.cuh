@@ -49,7 +49,9 @@ class Folder {
         number_(rank * kFolders + warp),
         lane_(threadIdx.x % 32),
         row_(lane_ / 4),
-        num_batches_(sizes_.num_batches(item.steps.num_steps)) {}
+        num_steps_(item.steps.num_steps),
+        num_batches_(sizes_.num_batches(num_steps_)),
+        first_compared_(item.steps.num_start_steps > 1 ? item.steps.num_start_steps : 1) {}
 
   __device__ bool has_work() const { return share_.has_work(kSlices, params_.use_stability); }
 
@@ -60,17 +62,18 @@ class Folder {
       return;
     }
     for (batch_ = 0; batch_ < num_batches_; ++batch_) {
-      wait_for(shared_.weighed[sizes_.ring_place(batch_)], sizes_.ring_parity(batch_));
+      wait_for_batch();
       fold_batch(steps_of(batch_));
       __syncwarp();
       set_free(batch_ + 1);
     }
   }
 
-  // Of warps with the same slices the first one writes.
-  __device__ void write_result() const {
+  // Of warps with the same slices the first one writes; that of the first slice writes what there
+  // is once an item.
+  __device__ void write_result(int32_t index) const {
     if (share_.turn != 0) return;
-    const int32_t stop = shared_.stop, num_steps = stop != 0 ? stop : item_.steps.num_steps;
+    const int32_t stop = shared_.stop, num_steps = stop != 0 ? stop : num_steps_;
     const int32_t last = num_steps - 1, batch = sizes_.batch_of(last);
     const int32_t in_batch = last & (sizes_.batch_steps() - 1);
     const int64_t first_row =
@@ -97,52 +100,81 @@ class Folder {
         }
       }
     });
+    if (share_.first != 0) return;
+    const int32_t units = num_steps == 0 ? 0 : item_.steps.positions(last).end;
+    const int32_t tokens = tokens_in(params_, item_, units);
+    if (lane_ != 0) return;
+    params_.tokens_read[index] = tokens;
+    params_.stop_block[index] = stop != 0 ? item_.steps.block_of(last) : -1;
   }
 
  private:
   __device__ void run_with_verdicts() {
-    const int32_t judges = 1 << plan_.judges_log2;
-    int32_t num_judged = 0;
+    const int32_t senders = 1 << plan_.senders_log2;
+    int32_t num_sent = 0;
     for (batch_ = 0; batch_ < num_batches_; ++batch_) {
-      if (!wait_for(shared_.weighed[sizes_.ring_place(batch_)], sizes_.ring_parity(batch_))) break;
-      if (batch_ >= sizes_.pending() && !wait_for_verdict(batch_ - sizes_.pending())) break;
+      if (!wait_for_batch()) break;
       if (share_.turn == 0) save();
       const int32_t count = steps_of(batch_);
-      if ((batch_ & (judges - 1)) == share_.turn) {
-        for_each_slice([&](int k, int32_t slice) { judge(k, slice, count); });
-        num_judged = batch_ + 1;
+      if ((batch_ & (senders - 1)) == share_.turn) {
+        for_each_slice([&](int k, int32_t slice) { fold_and_send(k, slice, count); });
+        num_sent = batch_ + 1;
       } else {
         fold_batch(count);
       }
     }
-    const int32_t unknown = num_batches_ - sizes_.pending();
-    for (int32_t batch = unknown > 0 ? unknown : 0; batch < num_batches_; ++batch) {
-      if (!wait_for_verdict(batch)) break;
+    while (num_known_ < num_batches_ && last_batch() == num_batches_) take_verdict();
+    if (lane_ < plan_.blocks()) {
+      send_word(remote_address(&shared_.sent_moments[number_], lane_), num_sent);
     }
-    if (lane_ == 0) send_word(remote_address(&shared_.sent_moments[number_], 0), num_judged);
     const int32_t stop = shared_.stop;
     if (stop != 0 && share_.turn == 0) fold_up_to(stop - 1);
   }
 
-  __device__ int32_t steps_of(int32_t batch) const {
-    return sizes_.steps_in(batch, item_.steps.num_steps);
+  __device__ int32_t steps_of(int32_t batch) const { return sizes_.steps_in(batch, num_steps_); }
+
+  // The batch in which the item ended; none is so late while that is not known. A warp may hear of
+  // the end while it is still behind it.
+  __device__ int32_t last_batch() const {
+    const int32_t stop = __shfl_sync(~0u, shared_.stop, 0);
+    return stop == 0 ? num_batches_ : sizes_.batch_of(stop - 1);
   }
 
-  // False: the item ends before.
-  __device__ bool wait_for(Barrier& barrier, uint32_t parity) const {
+  // Waits until a batch can be folded: its results are weighed, and not too many batches before it
+  // wait for their verdict. False: the item ended before.
+  __device__ bool wait_for_batch() {
+    Barrier& weighed = shared_.weighed[sizes_.ring_place(batch_)];
     while (true) {
-      if (__all_sync(~0u, barrier.is_over(parity))) return true;
-      if (__any_sync(~0u, shared_.stop != 0)) return false;
+      const bool is_weighed = __all_sync(~0u, weighed.is_over(sizes_.ring_parity(batch_)));
+      const int32_t last = last_batch();
+      if (last < batch_) return false;
+      // What came before the end was good, whether or not this warp has taken note of it.
+      const bool has_room = num_known_ + sizes_.pending() > batch_ || last < num_batches_;
+      if (is_weighed && (has_room || !params_.use_stability)) return true;
+      if (num_known_ < batch_ && params_.use_stability) take_verdict();
     }
   }
 
-  // Of a batch after which reading goes on, the ring slots are free.
-  __device__ bool wait_for_verdict(int32_t batch) const {
-    if (!wait_for(shared_.decided[sizes_.ring_place(batch)], sizes_.ring_parity(batch))) {
-      return false;
+  // Takes note of the next verdict if it is there, on a batch that this warp has folded. If reading
+  // goes on after it, its ring slots are free.
+  __device__ void take_verdict() {
+    const int32_t verdict = __shfl_sync(~0u, shared_.verdicts[sizes_.ring_place(num_known_)], 0);
+    if (verdict >> kBatchSteps != num_known_ + 1) return;
+    const int32_t first = num_known_ << sizes_.batch_log2, count = steps_of(num_known_);
+    int32_t last_step = -1;
+#pragma unroll
+    for (int32_t i = 0; i < kBatchSteps; ++i) {
+      if (i >= count || first + i < first_compared_ || last_step >= 0) continue;
+      if (patience_.completes(!(verdict >> i & 1), params_.patience)) last_step = first + i;
     }
-    set_free(batch + 1);
-    return true;
+    if (last_step < 0) {
+      set_free(++num_known_);
+      return;
+    }
+    // All that see this verdict say the same.
+    if (lane_ < plan_.blocks()) send_word(remote_address(&shared_.stop, lane_), last_step + 1);
+    while (last_batch() == num_batches_) {
+    }
   }
 
   __device__ void set_free(int32_t batches) const {
@@ -201,13 +233,14 @@ class Folder {
   }
 
   // Folds a slice and sends its part of the moments of every step.
-  __device__ void judge(int k, int32_t slice, int32_t count) {
+  __device__ void fold_and_send(int k, int32_t slice, int32_t count) {
 #pragma unroll
     for (int ht = 0; ht < kHeadTiles; ++ht) {
       const float4 start = values_[k][ht];
+      weigh(ht);
       float parts[kBatchSteps][6], sums[6];
       fold_tile(ht, slice, count, values_[k][ht], [&](int i, const float4& old, const float4& p) {
-        const float4 w = table().weights[ht][i][lane_ % 4];
+        const float4 w = shared_.weights[number_ % kFolders][4 * i + lane_ % 4];
         const float4 d = make_float4(p.x * w.x - old.x * w.y, p.y * w.z - old.y * w.w,
                                      p.z * w.x - old.z * w.y, p.w * w.z - old.w * w.w);
         parts[i][0] = fmaf(old.x, old.x, old.z * old.z);
@@ -219,31 +252,53 @@ class Folder {
       });
       reduce_to_rows(parts, sums);
       float scales[2] = {1.0f, 1.0f};
-      const bool matters = row_ >= first_compared() && row_ < count;
+      const bool matters = row_ >= first_compared_row() && row_ < count;
       const bool doubtful =
           (has_head(ht, 0) && !inside(sums)) || (has_head(ht, 1) && !inside(sums + 3));
       if (__any_sync(~0u, matters && doubtful)) {
         sum_scaled(ht, slice, count, start, sums, scales);
       }
       if (row_ < count && pair(ht) < plan_.layout.pairs) {
-        Barrier& judged = shared_.judged[sizes_.pending_place(batch_)];
+        const int32_t judge = exchange_.judge_of(batch_);
+        const uint32_t arrived =
+            remote_address(&shared_.moments[exchange_.inbox_place_of(batch_)], judge);
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
           const float* m = sums + 3 * column;
-          send(remote_address(exchange_.moments(batch_, slice, column, row_, pair(ht)), 0),
-               make_float4(m[0], m[1], m[2], scales[column]), remote_address(&judged, 0));
+          send(remote_address(exchange_.moments(batch_, slice, column, row_, pair(ht)), judge),
+               make_float4(m[0], m[1], m[2], scales[column]), arrived);
         }
       }
     }
+  }
+
+  // Forms how each step changes the output, each row of lanes for its step.
+  __device__ void weigh(int ht) const {
+    const float4 f = table().factors[ht][row_][lane_ % 4];
+    const float4 sums = table().sums[ht][row_][lane_ % 4];
+    const float4 after = table().states[ht][row_][lane_ % 4];
+    float4 weights;
+    weights.x = weigh_head(ht, 0, {after.x, after.y}, f.y, sums.y, weights.y);
+    weights.z = weigh_head(ht, 1, {after.z, after.w}, f.w, sums.w, weights.w);
+    // The lanes have read those of the batch before.
+    __syncwarp();
+    shared_.weights[number_ % kFolders][lane_] = weights;
+    __syncwarp();
+  }
+  __device__ float weigh_head(int ht, int column, const SoftmaxState& after, float incoming,
+                              float mass, float& share) const {
+    const float* sink = sink_of(params_, item_.kv_head, 2 * pair(ht) + column);
+    const IncrementWeights weights = increment_weights(mass, after, sink);
+    share = weights.share;
+    return incoming * weights.keep;
   }
 
   __device__ static bool inside(const float* moments) {
     return in_range({moments[0], moments[1], moments[2]});
   }
   // The first step of the batch at hand that is compared with the one before it.
-  __device__ int32_t first_compared() const {
-    const int32_t starting = item_.steps.num_start_steps > 1 ? item_.steps.num_start_steps : 1;
-    return starting - (batch_ << sizes_.batch_log2);
+  __device__ int32_t first_compared_row() const {
+    return first_compared_ - (batch_ << sizes_.batch_log2);
   }
 
   // Where squares leave the range of float32: the moments of the slice from vectors that are
@@ -256,7 +311,7 @@ class Folder {
     for (int i = 0; i < count; ++i) {
       const float4 p = exists ? from[i * plan_.layout.slot_pieces()] : float4{};
       const float4 f = table().factors[ht][i][lane_ % 4];
-      const float4 w = table().weights[ht][i][lane_ % 4];
+      const float4 w = shared_.weights[number_ % kFolders][4 * i + lane_ % 4];
       const float old[4] = {a.x * f.x, a.y * f.z, a.z * f.x, a.w * f.z};
       const float d[4] = {p.x * w.x - old[0] * w.y, p.y * w.z - old[1] * w.w,
                           p.z * w.x - old[2] * w.y, p.w * w.z - old[3] * w.w};
@@ -321,8 +376,11 @@ class Folder {
   const FolderShare share_;
   const int32_t number_;  // in the cluster
   const int lane_, row_;
-  const int32_t num_batches_;
-  int32_t batch_ = 0;  // the one at hand
+  const int32_t num_steps_, num_batches_;
+  const int32_t first_compared_;  // step
+  PatienceCounter patience_;
+  int32_t num_known_ = 0;  // verdicts that were taken note of
+  int32_t batch_ = 0;      // the one at hand
   float4 values_[kOwn][kHeadTiles] = {};
 };
 

@@ -21,11 +21,12 @@ constexpr int num_stages(int head_dim, int head_tiles) {
   return 3;
 }
 
-// One thread block of a cluster has a multiprocessor to itself, and 96 to 160 KiB of tiles. With
-// seven warps more than stages, twelve warps may have 168 registers each, and sixteen 128.
+// One thread block of a cluster has a multiprocessor to itself, and 80 to 144 KiB of tiles: more of
+// them would only read further past a stop. With the seven other warps these are twelve at most, so
+// that each may have 168 registers.
 constexpr int num_cluster_stages(int head_dim) {
-  if (head_dim <= 64) return 8;
-  return head_dim <= 128 ? 5 : head_dim <= 192 ? 3 : 2;
+  if (head_dim <= 96) return 5;
+  return head_dim <= 128 ? 4 : head_dim <= 192 ? 3 : 2;
 }
 
 __device__ inline unsigned char* aligned(unsigned char* memory) {
@@ -46,6 +47,39 @@ __device__ inline Item find_item(const DecodeParams& params, const ListedWalks& 
   return make_item(params, index, visible,
                    {WalkOrder::kExplicit, 0, listed.num_units, 0, listed.num_pinned,
                     listed.in_place ? params.walk + row : walks.kept + row});
+}
+
+// Sequences of different length are started longest first, or the last to start would keep the
+// device half idle. Comparing all with all is only worth it for a few; of many, the last are a
+// small part.
+constexpr int kMaxSorted = 256;
+
+// The item that thread block `position` computes. Called by the whole thread block; `lengths` is
+// room for kMaxSorted of them, free again afterwards, `found` is not before the next barrier.
+__device__ inline int32_t item_at(const DecodeParams& params, int32_t position, int32_t* lengths,
+                                  int32_t& found) {
+  const bool per_head = params.seq_lens_head_stride != 0;
+  const int32_t per_row = per_head ? 1 : params.num_kv_heads;
+  const int32_t rows = params.batch * (params.num_kv_heads / per_row);
+  if (rows > kMaxSorted) return position;
+  bool equal = true;
+  const int32_t first = visible_of(params, 0).size();
+  for (int32_t row = threadIdx.x; row < rows; row += blockDim.x) {
+    lengths[row] = visible_of(params, row * per_row).size();
+    equal = equal && lengths[row] == first;
+  }
+  if (__syncthreads_and(equal)) return position;
+  const int32_t place = position / per_row;
+  for (int32_t row = threadIdx.x; row < rows; row += blockDim.x) {
+    const int32_t length = lengths[row];
+    int32_t before = 0;
+    for (int32_t other = 0; other < rows; ++other) {
+      before += lengths[other] > length || (lengths[other] == length && other < row);
+    }
+    if (before == place) found = row;
+  }
+  __syncthreads();
+  return found * per_row + position % per_row;
 }
 
 // Whether the kernel can run on this GPU; if so, it may have the shared memory from then on.

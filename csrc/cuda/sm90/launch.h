@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "core/divider.h"
 #include "core/macros.h"
 #include "core/params.h"
 #include "core/schedule.h"
@@ -12,11 +13,20 @@
 namespace art::cuda::sm90 {
 
 constexpr int kMaxGroup = 16;           // query heads per KV head
+constexpr int kTileTokens = 64;         // of a stage
 constexpr int kSharedAlignment = 1024;  // of tiles, for the copy engine's exchange of pieces
 
+ART_HD int32_t tiles_per_step(const DecodeParams& params) {
+  return (params.block_size + kTileTokens - 1) / kTileTokens;
+}
+
+// What the producing warps need: the caches as the copy engine sees them, and divisors.
 struct Maps {
   CUtensorMap key;
   CUtensorMap value;
+  Divider page_size;
+  Divider unit_size;
+  Divider tiles_per_step;
 };
 
 // A cluster of thread blocks shares an item's steps and, by slices of 16 channels, their folding.
@@ -32,7 +42,7 @@ ART_HD constexpr int slices_of_block(int slices, int blocks) {
 
 // What a thread block keeps of the results sent to it, in pieces of 16 bytes: a ring of steps,
 // each [local slice][row % 8][head pair] of values and [head pair] of softmax states; and an inbox
-// of moments, [pending batch][slice][head of the pair][step][head pair].
+// of moments, [batch][slice][head of the pair][step][head pair].
 struct ExchangeLayout {
   int32_t pairs;  // of heads
   int32_t local;  // slices that a thread block folds at most
@@ -43,15 +53,15 @@ struct ExchangeLayout {
   ART_HD int32_t inbox_pieces() const { return 2 * slices * sizes.batch_steps() * pairs; }
   ART_HD int32_t bytes() const {
     return 16 * ((sizes.batch_steps() * slot_pieces() << sizes.ring_log2) +
-                 (inbox_pieces() << sizes.pending_log2));
+                 (inbox_pieces() << sizes.inbox_log2));
   }
 };
 
 struct ClusterPlan {
   int32_t blocks_log2;  // thread blocks per item: 2, 4 or 8
-  // Folding warps of a thread block that have the same slices. All fold them; judging takes
+  // Folding warps of a thread block that have the same slices. All fold them; forming moments takes
   // longer, and they do that in turn.
-  int32_t judges_log2;
+  int32_t senders_log2;
   ExchangeLayout layout;
 
   ART_HD int32_t blocks() const { return 1 << blocks_log2; }
@@ -61,17 +71,17 @@ struct ClusterPlan {
 struct FolderShare {
   int32_t first;  // not below the number of slices: there is nothing for this warp
   int32_t apart_log2;
-  int32_t turn;  // judges batches turn, turn + judges, ...
+  int32_t turn;  // sends the moments of batches turn, turn + senders, ...
 
   ART_HD FolderShare(const ClusterPlan& plan, int32_t rank, int32_t warp) {
-    const int32_t owners_log2 = kFoldersLog2 - plan.judges_log2;
+    const int32_t owners_log2 = kFoldersLog2 - plan.senders_log2;
     first = rank + ((warp & ((1 << owners_log2) - 1)) << plan.blocks_log2);
     apart_log2 = owners_log2 + plan.blocks_log2;
     turn = warp >> owners_log2;
   }
   // Without a criterion one warp for each slice is enough.
-  ART_HD bool has_work(int32_t slices, bool judges) const {
-    return first < slices && (judges || turn == 0);
+  ART_HD bool has_work(int32_t slices, bool sends) const {
+    return first < slices && (sends || turn == 0);
   }
   ART_HD int32_t num_slices(int32_t slices) const {
     return (slices - first + (1 << apart_log2) - 1) >> apart_log2;

@@ -70,7 +70,7 @@ cudaError_t solo_residency(const DecodeParams& params, const Entries& entries,
 
 // Clusters of 2, 4 and 8 thread blocks that the device holds at once.
 cudaError_t find_max_clusters(const DecodeParams& params, const Entries& entries,
-                              int32_t (&max_clusters)[kClusterSizes]) {
+                              int32_t (&max_clusters)[kClusterSizes], int64_t* multiprocessors) {
   static ResidencyCache<kKernels * kClusterSizes> cache;
   for (int i = 0; i < kClusterSizes; ++i) {
     ClusterPlan plan = {};
@@ -82,35 +82,37 @@ cudaError_t find_max_clusters(const DecodeParams& params, const Entries& entries
         &residency);
     if (error != cudaSuccess) return error;
     max_clusters[i] = residency.blocks;
+    *multiprocessors = residency.multiprocessors;
   }
   return cudaSuccess;
 }
 
 // num_splits other than 0 sets the thread blocks per item, rounded down to a cluster's size.
-int32_t choose_blocks(const DecodeParams& params, int64_t num_splits,
-                      const int32_t (&max_clusters)[kClusterSizes], const Residency& solo) {
-  const bool has_solo = solo.blocks > 0;
-  int32_t blocks = 0;
+int32_t choose_blocks(const DecodeParams& params, int64_t num_splits, int64_t multiprocessors,
+                      bool has_solo, const int32_t (&max_clusters)[kClusterSizes]) {
+  int32_t blocks = 1;
   if (num_splits > 0) {
-    while (2 * blocks <= kMaxClusterBlocks && (blocks == 0 ? 1 : 2 * blocks) <= num_splits) {
-      blocks = blocks == 0 ? 1 : 2 * blocks;
+    for (int i = 0; i < kClusterSizes; ++i) {
+      if ((2 << i) <= num_splits && max_clusters[i] > 0) blocks = 2 << i;
     }
-  } else if (params.batch_invariant || !cuda_runs_solo(num_items(params), solo.multiprocessors)) {
-    blocks = cuda_cluster_blocks(num_items(params), max_steps(params), max_clusters);
-    if (blocks == 0 && params.batch_invariant) blocks = 2;
+  } else if (params.batch_invariant || !cuda_runs_solo(num_items(params), multiprocessors)) {
+    blocks =
+        cuda_cluster_blocks(num_items(params), max_steps(params), multiprocessors, max_clusters);
+    // Clusters of any size give the same bits, but not the ones of solo.
+    if (blocks == 0) blocks = params.batch_invariant ? 2 : 1;
   }
-  return blocks < 2 ? (has_solo ? 1 : 2) : blocks;
+  return blocks == 1 && !has_solo ? 2 : blocks;
 }
 
 ClusterPlan plan_cluster(const DecodeParams& params, const Entries& entries, int32_t blocks) {
   ClusterPlan plan;
   const int32_t slices = num_slices(params.head_dim), local = slices_of_block(slices, blocks);
   plan.blocks_log2 = blocks == 8 ? 3 : blocks / 2;
-  plan.judges_log2 = local == 1 ? 2 : local == 2 ? 1 : 0;
+  plan.senders_log2 = local == 1 ? 2 : local == 2 ? 1 : 0;
   plan.layout = {(params.group_size + 1) / 2, local, slices, {}};
-  plan.layout.sizes =
-      cuda_exchange(blocks, 16 * plan.layout.slot_pieces(), 16 * plan.layout.inbox_pieces(),
-                    entries.exchange_bytes, entries.max_pending_log2);
+  plan.layout.sizes = cuda_exchange(plan.blocks_log2, 16 * plan.layout.slot_pieces(),
+                                    16 * plan.layout.inbox_pieces(), entries.exchange_bytes,
+                                    entries.max_pending_log2);
   return plan;
 }
 
@@ -123,15 +125,17 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
                          : find_entries<DType::kBFloat16>(params, &plan->entries);
   if (!known || plan->entries.cluster == nullptr || !takes(params)) return cudaSuccess;
   int32_t max_clusters[kClusterSizes];
+  int64_t multiprocessors = 0;
   Residency solo = {};
-  cudaError_t error = find_max_clusters(params, plan->entries, max_clusters);
+  cudaError_t error = find_max_clusters(params, plan->entries, max_clusters, &multiprocessors);
   if (error == cudaSuccess && plan->entries.solo != nullptr) {
     error = solo_residency(params, plan->entries, &solo);
   }
   // Without clusters of two, the GPU is older.
   if (error != cudaSuccess || max_clusters[0] == 0) return error;
   plan->can_run = true;
-  const int32_t blocks = choose_blocks(params, num_splits, max_clusters, solo);
+  const int32_t blocks =
+      choose_blocks(params, num_splits, multiprocessors, solo.blocks > 0, max_clusters);
   plan->is_solo = blocks == 1;
   if (!plan->is_solo) plan->cluster = plan_cluster(params, plan->entries, blocks);
   return cudaSuccess;
@@ -149,6 +153,9 @@ cudaError_t run(const DecodeParams& params, const Plan& plan, Arena& arena, bool
   if (measure_only) return cudaSuccess;
 
   Maps maps;
+  maps.page_size = Divider(params.page_size);
+  maps.unit_size = Divider(params.unit_size);
+  maps.tiles_per_step = Divider(tiles_per_step(params));
   cudaError_t error = encode_map(params.key, params, &maps.key);
   if (error == cudaSuccess) error = encode_map(params.value, params, &maps.value);
   if (error == cudaSuccess && is_listed) error = list_walks(params, walks, stream);

@@ -26,6 +26,7 @@ struct SoloShared {
   PatienceCounter patience;
   int32_t tokens_read;
   bool is_finished;
+  int32_t found_row;  // by item_at()
 };
 
 template <class T, int kDim, int kHeadTiles>
@@ -267,7 +268,9 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
   constexpr int kThreads = kSoloThreads<T, kDim, kHeadTiles>;
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(aligned(memory));
-  const int32_t index = blockIdx.x;
+  static_assert(sizeof(shared.running) >= kMaxSorted * sizeof(int32_t));
+  const int32_t index =
+      item_at(params, blockIdx.x, reinterpret_cast<int32_t*>(shared.running), shared.found_row);
   const Item item = find_item(params, walks, index);
   if (threadIdx.x == 0) {
     prefetch_map(&maps.key);

@@ -13,27 +13,27 @@ namespace art::cuda::sm90 {
 struct Box {
   int32_t token;    // the first one; -1: no box
   int32_t page;     // as the table has it
+  int32_t in_page;  // place of the first token
   int32_t visible;  // tokens
 };
 
-__device__ inline int32_t tiles_per_step(const DecodeParams& params) {
-  return (params.block_size + kTileTokens - 1) / kTileTokens;
-}
-
-__device__ inline Box find_box(const DecodeParams& params, const Item& item, int32_t step,
-                               int32_t tile_in_step, int32_t box) {
-  if (step >= item.steps.num_steps) return {-1, 0, 0};
+__device__ inline Box find_box(const DecodeParams& params, const Maps& maps, const Item& item,
+                               int32_t step, int32_t tile_in_step, int32_t box) {
+  constexpr Box kNone = {-1, 0, 0, 0};
+  if (step >= item.steps.num_steps) return kNone;
   const auto positions = item.steps.positions(step);
   const int32_t slot =
       positions.begin * params.unit_size + tile_in_step * kTileTokens + box * kBoxTokens;
-  if (slot >= positions.end * params.unit_size) return {-1, 0, 0};
-  const int32_t unit = item.walk.unit_at(slot / params.unit_size);
-  const int32_t token = unit * params.unit_size + slot % params.unit_size;
+  if (slot >= positions.end * params.unit_size) return kNone;
+  const int32_t position = maps.unit_size.quotient(slot);
+  const int32_t token =
+      item.walk.unit_at(position) * params.unit_size + slot - position * params.unit_size;
   const int32_t begin = token > item.visible.begin ? token : item.visible.begin;
   const int32_t end = token + kBoxTokens < item.visible.end ? token + kBoxTokens : item.visible.end;
   // A box without a visible token would ask for a page that may not exist.
-  if (begin >= end) return {-1, 0, 0};
-  return {token, item.block_table[token / params.page_size], end - begin};
+  if (begin >= end) return kNone;
+  const int32_t entry = maps.page_size.quotient(token);
+  return {token, item.block_table[entry], token - entry * params.page_size, end - begin};
 }
 
 // Stages as the producing warp sees them: it waits for one to be empty, fills it, and so on.
@@ -83,11 +83,10 @@ class Producer {
     __syncwarp();
     if (!exists) return;
     const int32_t page = page_inside(params_, box.page);
-    const int32_t in_page = box.token % params_.page_size;
     const uint32_t at = lane * TileShape<kDim>::kBoxBytes;
-    copy_box(stages_.keys[stage] + at, &maps_.key, full, in_page,
+    copy_box(stages_.keys[stage] + at, &maps_.key, full, box.in_page,
              params_.key.head_stride == 0 ? 0 : item.kv_head, page, policy_);
-    copy_box(stages_.values[stage] + at, &maps_.value, full, in_page,
+    copy_box(stages_.values[stage] + at, &maps_.value, full, box.in_page,
              params_.value.head_stride == 0 ? 0 : item.kv_head, page, policy_);
   }
 
@@ -113,33 +112,40 @@ class Producer {
 // Fills the stages with steps first, first + stride, ... of an item, until it `is_finished()`. A
 // step's tiles go through the stage of one consuming warp; steps take the warps in turn.
 template <int kDim, int kStages, class IsFinished>
-__device__ void produce(const DecodeParams& params, const Maps& maps, const Item& item,
+__device__ void produce(const DecodeParams& params, const Maps& maps, const Item& shared_item,
                         Stages<kDim, kStages>& stages, int32_t first, int32_t stride,
                         const IsFinished& is_finished) {
   constexpr int kFound = 32 / kBoxes;  // tiles whose boxes the warp finds at once
-  const int32_t per_step = tiles_per_step(params);
-  const int32_t num_steps = (item.steps.num_steps - first + stride - 1) / stride;
-  const int32_t num_tiles = num_steps * per_step;
+  // It looks at most of the item again and again, and has the registers.
+  const Item item = shared_item;
+  const int32_t per_step = maps.tiles_per_step.divisor;
   const int lane = threadIdx.x % 32;
   const auto find = [&](int32_t first_tile) {
-    const int32_t tile = first_tile + lane / kBoxes;
-    return find_box(params, item, first + tile / per_step * stride, tile % per_step, lane % kBoxes);
+    const int32_t tile = first_tile + lane / kBoxes, turn = maps.tiles_per_step.quotient(tile);
+    return find_box(params, maps, item, first + turn * stride, tile - turn * per_step,
+                    lane % kBoxes);
   };
   Producer<kDim, kStages> producer(params, maps, stages);
   Box found = {}, next = find(0);
-  for (int32_t tile = 0; tile < num_tiles; ++tile) {
-    if (tile % kFound == 0) {
-      found = next;
-      // The page ids arrive while the stages are still full.
-      next = find(tile + kFound);
+  int32_t tile = 0;
+  int stage = 0;
+  bool ends = false;
+  for (int32_t step = first; step < item.steps.num_steps && !ends; step += stride) {
+    for (int32_t i = 0; i < per_step && !ends; ++i, ++tile) {
+      if (tile % kFound == 0) {
+        found = next;
+        // The page ids arrive while the stages are still full.
+        next = find(tile + kFound);
+      }
+      const int from = tile % kFound * kBoxes + lane % kBoxes;
+      const Box box = {__shfl_sync(~0u, found.token, from), __shfl_sync(~0u, found.page, from),
+                       __shfl_sync(~0u, found.in_page, from),
+                       __shfl_sync(~0u, found.visible, from)};
+      producer.wait_for(stage);
+      ends = __any_sync(~0u, is_finished());
+      if (!ends) producer.fill(stage, item, step, box);
     }
-    const int from = tile % kFound * kBoxes + lane % kBoxes;
-    const Box box = {__shfl_sync(~0u, found.token, from), __shfl_sync(~0u, found.page, from),
-                     __shfl_sync(~0u, found.visible, from)};
-    const int stage = tile / per_step % kStages;
-    producer.wait_for(stage);
-    if (__any_sync(~0u, is_finished())) break;
-    producer.fill(stage, item, first + tile / per_step * stride, box);
+    stage = stage + 1 < kStages ? stage + 1 : 0;
   }
   producer.finish();
 }

@@ -10,13 +10,13 @@
 #include "core/params.h"
 #include "core/walk.h"
 #include "cuda/sm90/async.cuh"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
 
 namespace art::cuda::sm90 {
 
 using sm80::Mma;
 
-constexpr int kTileTokens = 64;
 constexpr int kBoxes = kTileTokens / kBoxTokens;
 constexpr float kLog2e = 1.4426950408889634f;
 

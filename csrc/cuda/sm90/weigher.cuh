@@ -1,8 +1,8 @@
 // The warp of a thread block that waits for results and forms the scalars of folding them.
 #pragma once
 
+#include "core/item.h"
 #include "cuda/sm90/exchange.cuh"
-#include "cuda/sm90/output.cuh"
 
 namespace art::cuda::sm90 {
 
@@ -12,17 +12,16 @@ class Weigher {
   static constexpr int kSlices = num_slices(kDim);
 
  public:
-  __device__ Weigher(const DecodeParams& params, const ClusterPlan& plan, const Exchange& exchange,
-                     Shared& shared, const Item& item, int32_t rank)
-      : params_(params),
-        plan_(plan),
+  __device__ Weigher(const ClusterPlan& plan, const Exchange& exchange, Shared& shared,
+                     const Item& item, int32_t rank)
+      : plan_(plan),
         sizes_(plan.layout.sizes),
         exchange_(exchange),
         shared_(shared),
-        item_(item),
+        num_steps_(item.steps.num_steps),
         lane_(threadIdx.x % 32),
         row_(lane_ / 4),
-        num_batches_(sizes_.num_batches(item.steps.num_steps)),
+        num_batches_(sizes_.num_batches(num_steps_)),
         step_bytes_(exchange.step_bytes((kSlices - rank + plan.blocks() - 1) >> plan.blocks_log2)) {
   }
 
@@ -51,9 +50,9 @@ class Weigher {
     const int32_t end = batch_ + sizes_.ring_batches();
     for (int32_t batch = batch_; batch < num_batches_ && batch < end; ++batch) {
       const int32_t step = (batch << sizes_.batch_log2) + lane_, turn = step >> plan_.blocks_log2;
+      const int32_t block = step & (plan_.blocks() - 1);
       const bool comes =
-          lane_ < steps_of(batch) &&
-          shared_.sent_steps[step & (plan_.blocks() - 1)][turn % num_warps] > turn / num_warps;
+          lane_ < steps_of(batch) && shared_.sent_steps[block][turn % num_warps] > turn / num_warps;
       const int32_t missing = steps_of(batch) - __popc(__ballot_sync(~0u, comes));
       Barrier& full = shared_.full[sizes_.ring_place(batch)];
       if (lane_ == 0 && missing > 0) full.complete(missing * step_bytes_);
@@ -62,9 +61,7 @@ class Weigher {
   }
 
  private:
-  __device__ int32_t steps_of(int32_t batch) const {
-    return sizes_.steps_in(batch, item_.steps.num_steps);
-  }
+  __device__ int32_t steps_of(int32_t batch) const { return sizes_.steps_in(batch, num_steps_); }
   __device__ void expect(int32_t batch) const {
     if (batch >= num_batches_) return;
     shared_.full[sizes_.ring_place(batch)].arrive_and_expect(steps_of(batch) * step_bytes_);
@@ -97,51 +94,33 @@ class Weigher {
                          expf(incoming[column].max - reference)};
       after[column] = {max, states_[ht][column].sum};
     }
-    auto& to = table.factors[ht];
-    to[row_][lane_ % 4] = make_float4(factors[0].running, factors[0].incoming, factors[1].running,
-                                      factors[1].incoming);
-    shared_.masses[lane_] =
-        make_float2(incoming[0].sum * factors[0].incoming, incoming[1].sum * factors[1].incoming);
+    table.factors[ht][row_][lane_ % 4] = make_float4(factors[0].running, factors[0].incoming,
+                                                     factors[1].running, factors[1].incoming);
+    table.sums[ht][row_][lane_ % 4] =
+        make_float4(factors[0].running, incoming[0].sum * factors[0].incoming, factors[1].running,
+                    incoming[1].sum * factors[1].incoming);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kBatchSteps; ++i) {
-      const float4 f = to[i][lane_ % 4];
-      const float2 mass = shared_.masses[4 * i + lane_ % 4];
+      const float4 part = table.sums[ht][i][lane_ % 4];
       if (i > row_) continue;
-      after[0].sum = fmaf(after[0].sum, f.x, mass.x);
-      after[1].sum = fmaf(after[1].sum, f.z, mass.y);
+      after[0].sum = fmaf(after[0].sum, part.x, part.y);
+      after[1].sum = fmaf(after[1].sum, part.z, part.w);
     }
     table.states[ht][row_][lane_ % 4] =
         make_float4(after[0].max, after[0].sum, after[1].max, after[1].sum);
-    if (params_.use_stability) {
-      float4 weights;
-      weights.x = weights_of(incoming[0], after[0], factors[0], 2 * pair, weights.y);
-      weights.z = weights_of(incoming[1], after[1], factors[1], 2 * pair + 1, weights.w);
-      table.weights[ht][row_][lane_ % 4] = weights;
-    }
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       states_[ht][column] = {__shfl_sync(~0u, after[column].max, 28 + lane_ % 4),
                              __shfl_sync(~0u, after[column].sum, 28 + lane_ % 4)};
     }
-    // All have read the masses.
-    __syncwarp();
   }
 
-  __device__ float weights_of(const SoftmaxState& incoming, const SoftmaxState& after,
-                              const FoldFactors& factors, int32_t g, float& share) const {
-    const IncrementWeights weights =
-        increment_weights(incoming, after, factors, sink_of(params_, item_.kv_head, g));
-    share = weights.share;
-    return factors.incoming * weights.keep;
-  }
-
-  const DecodeParams& params_;
   const ClusterPlan& plan_;
   const CudaExchange& sizes_;
   const Exchange& exchange_;
   Shared& shared_;
-  const Item& item_;
+  const int32_t num_steps_;
   const int lane_, row_;
   const int32_t num_batches_;
   const uint32_t step_bytes_;  // of one step's result for this thread block

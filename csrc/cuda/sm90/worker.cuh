@@ -25,7 +25,7 @@ class Worker {
 
   // Until the stages end or the item does; returns the number of results that were sent.
   template <class Consumer>
-  __device__ int32_t run(Consumer& consumer, const Item& item) {
+  __device__ int32_t run(Consumer& consumer, const Item& item) const {
     int32_t sent = 0;
     while (true) {
       Partial<kDim, kHeadTiles> partial;

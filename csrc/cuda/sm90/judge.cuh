@@ -1,0 +1,145 @@
+// The warp of a thread block that judges batches: which of their steps changed the output little.
+#pragma once
+
+#include "cuda/sm90/exchange.cuh"
+#include "cuda/sm90/output.cuh"
+
+namespace art::cuda::sm90 {
+
+template <int kDim, int kHeadTiles>
+class Judge {
+  using Shared = ExchangeShared<kDim, kHeadTiles>;
+  static constexpr int kSlices = num_slices(kDim);
+
+ public:
+  __device__ Judge(const DecodeParams& params, const ClusterPlan& plan, const Exchange& exchange,
+                   Shared& shared, const Item& item, int32_t rank)
+      : params_(params),
+        plan_(plan),
+        sizes_(plan.layout.sizes),
+        exchange_(exchange),
+        shared_(shared),
+        thresholds_(thresholds_of(params, item.kv_head)),
+        num_steps_(item.steps.num_steps),
+        lane_(threadIdx.x % 32),
+        num_batches_(sizes_.num_batches(num_steps_)),
+        batch_(rank) {}
+
+  // Every batch that is this thread block's turn, or until the item ends.
+  __device__ void run() {
+    if (lane_ == 0) {
+      for (int32_t i = 0; i < sizes_.inbox_batches(); ++i) expect(batch_ + i * plan_.blocks());
+    }
+    for (; batch_ < num_batches_; batch_ += plan_.blocks()) {
+      while (!__all_sync(~0u, moments(batch_).is_over(exchange_.inbox_parity(batch_)))) {
+        if (__any_sync(~0u, shared_.stop != 0)) return;
+      }
+      const uint32_t unstable = unstable_steps(batch_, steps_of(batch_));
+      if (lane_ == 0) expect(batch_ + plan_.blocks() * sizes_.inbox_batches());
+      __syncwarp();
+      if (lane_ < plan_.blocks()) {
+        const int32_t verdict = (batch_ + 1) << kBatchSteps | unstable;
+        send_word(remote_address(&shared_.verdicts[sizes_.ring_place(batch_)], lane_), verdict);
+      }
+    }
+  }
+
+  // Waits for the moments that are still on their way; when all others are done.
+  __device__ void drain() const {
+    if (shared_.stop == 0) return;
+    const int32_t rank = lane_ / kFolders;
+    const FolderShare folder(plan_, rank, lane_ % kFolders);
+    const bool has_work = rank < plan_.blocks() && folder.first < kSlices;
+    for (int32_t i = 0; i < sizes_.inbox_batches(); ++i) {
+      const int32_t batch = batch_ + i * plan_.blocks();
+      if (batch >= num_batches_) break;
+      // Each lane looks at one folding warp.
+      const bool is_sender = has_work && (batch & ((1 << plan_.senders_log2) - 1)) == folder.turn;
+      const bool is_missing = is_sender && shared_.sent_moments[lane_] <= batch;
+      const int32_t missing = __reduce_add_sync(~0u, is_missing ? folder.num_slices(kSlices) : 0);
+      if (lane_ == 0 && missing > 0) moments(batch).complete(missing * bytes_of(batch));
+      moments(batch).wait(exchange_.inbox_parity(batch));
+    }
+  }
+
+ private:
+  __device__ int32_t steps_of(int32_t batch) const { return sizes_.steps_in(batch, num_steps_); }
+  // Of one slice.
+  __device__ uint32_t bytes_of(int32_t batch) const {
+    return steps_of(batch) * exchange_.moment_bytes();
+  }
+  __device__ Barrier& moments(int32_t batch) const {
+    return shared_.moments[exchange_.inbox_place_of(batch)];
+  }
+  __device__ void expect(int32_t batch) const {
+    if (batch < num_batches_) moments(batch).arrive_and_expect(kSlices * bytes_of(batch));
+  }
+
+  // A bit for each step of the batch that is not stable. Each lane looks at step lane / 4, and at
+  // every fourth head.
+  __device__ uint32_t unstable_steps(int32_t batch, int32_t count) const {
+    const int row = lane_ / 4;
+    bool stable = true;
+#pragma unroll
+    for (int i = 0; i < 2 * kHeadTiles; ++i) {
+      const int32_t g = lane_ % 4 + 4 * i;
+      if (row >= count || g >= params_.group_size) continue;
+      const OutputChange change = output_change(moments_of(batch, row, g / 2, g % 2));
+      stable = stable && is_stable(change, thresholds_);
+    }
+    return __reduce_or_sync(~0u, stable ? 0 : 1u << row);
+  }
+
+  // Adds up the slices in their order.
+  __device__ IncrementMoments moments_of(int32_t batch, int row, int pair, int column) const {
+    IncrementMoments sums = {};
+    float scale = 1.0f;
+    bool is_scaled = false;
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      const float4 part = *exchange_.moments(batch, slice, column, row, pair);
+      sums.aa += part.x;
+      sums.ad += part.y;
+      sums.dd += part.z;
+      is_scaled = is_scaled || part.w != 1.0f;
+      scale = fminf(scale, part.w);
+    }
+    return is_scaled ? scaled_moments_of(batch, row, pair, column) : sums;
+  }
+
+  // Slices were scaled on their own, by powers of two: they are brought to the scale of the
+  // largest one.
+  __device__ IncrementMoments scaled_moments_of(int32_t batch, int row, int pair,
+                                                int column) const {
+    float scale = INFINITY;
+#pragma unroll 1
+    for (int slice = 0; slice < kSlices; ++slice) {
+      const float4 part = *exchange_.moments(batch, slice, column, row, pair);
+      // A slice of zeros has no scale.
+      if (part.x > 0.0f || part.z > 0.0f) scale = fminf(scale, part.w);
+    }
+    IncrementMoments sums = {};
+#pragma unroll 1
+    for (int slice = 0; slice < kSlices; ++slice) {
+      const float4 part = *exchange_.moments(batch, slice, column, row, pair);
+      const float ratio = scale < part.w ? scale / part.w : 1.0f;
+      sums.aa += part.x * ratio * ratio;
+      sums.ad += part.y * ratio * ratio;
+      sums.dd += part.z * ratio * ratio;
+    }
+    return sums;
+  }
+
+  const DecodeParams& params_;
+  const ClusterPlan& plan_;
+  const CudaExchange& sizes_;
+  const Exchange& exchange_;
+  Shared& shared_;
+  const StabilityThresholds thresholds_;
+  const int32_t num_steps_;
+  const int lane_;
+  const int32_t num_batches_;
+  int32_t batch_;  // the next one of this thread block
+};
+
+}  // namespace art::cuda::sm90
