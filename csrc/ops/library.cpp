@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(art, m) {
   m.def("decode_attention(" ART_DECODE_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("decode_attention.out(" ART_DECODE_ARGUMENTS
         ", Tensor(a!) out, Tensor(b!) lse, Tensor(c!) tokens_read, Tensor(d!) stop_block) -> ()");
-  // For tests: the result must not depend on the number of splits.
+  // For tests: stops must not depend on the number of splits, nor, where there are several, bits.
   m.def("_decode_attention_split(" ART_DECODE_ARGUMENTS
         ", int num_splits) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -104,17 +104,20 @@ def run_out_of_range(device: torch.device) -> None:
             capacity = table.shape[1] * 16
             for length in (capacity + 1, 10**6, 2**31 - 1, -1, -(2**31)):
                 changes.append({"seq_lens": torch.full_like(lens, length)})
+            changes.append({"seq_starts": torch.full_like(lens, -100)})
             if walk == "explicit":
                 units = capacity // 16
                 for entry in (units, units + 5, 10**6, -1, -(10**6)):
                     changes.append({"walk": torch.where(options["walk"] % 3 == 0, entry,
                                                         options["walk"]).int()})  # fmt: skip
+                pinned = torch.full_like(options["walk_lens"], -2)
+                changes.append({"num_pinned": pinned})
                 for length in (units + 1, 2**31 - 1, -1):
                     changes.append({"walk_lens": torch.full_like(options["walk_lens"], length)})
             for change in changes:
                 tensors = (query, keys, values, change.get("block_table", table),
                            change.get("seq_lens", lens))  # fmt: skip
-                more = {k: v for k, v in change.items() if k in options}
+                more = {k: v for k, v in change.items() if k not in ("block_table", "seq_lens")}
                 inputs = Inputs(tensors, {**options, **more, "checked": False})
                 for num_splits in (0, 1, 4):
                     call_split(inputs, LOOSE, num_splits)

@@ -8,7 +8,13 @@ import pytest
 import torch
 from test_exact import generate
 from tiny_models import build, prompt
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.models.bart import BartConfig, BartForConditionalGeneration
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
@@ -51,6 +57,20 @@ def test_unpatch_restores(implementation):
     handle.unpatch()
     handle.unpatch()
     assert traces_of_patching(model) == before
+
+
+def test_generate_does_not_compile_the_steps_of_a_static_cache(tiny):
+    """As it does on a GPU, by itself: the compiled steps would be exact attention."""
+    model, ids = tiny("llama"), prompt(1, 20)
+    everywhere = CompileConfig(backend="eager")
+    everywhere._compile_all_devices = True
+    before = model.generation_config.disable_compile
+    with art_torch.patch(model, RULE) as handle:
+        cache = StaticCache(model.config, max_cache_len=40)
+        generate(model, ids, cache, max_new_tokens=5, compile_config=everywhere)
+    assert handle.stats.steps == 4
+    assert handle.stats.exact_fallbacks == 0
+    assert model.generation_config.disable_compile == before
 
 
 def test_unpatch_restores_after_an_exception(tiny):

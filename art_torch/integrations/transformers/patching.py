@@ -47,6 +47,12 @@ class PatchHandle:
             module._art_settings = layer  # type: ignore[assignment]
         for config in self._configs:
             _SwitchedConfig.acquire(config)
+        # On a GPU generate() compiles the decode step of a static cache by itself, and a compiled
+        # step on a cache that is not ours has to be exact attention.
+        self._generation = getattr(model, "generation_config", None)
+        if self._generation is not None:
+            self._disable_compile = self._generation.disable_compile
+            self._generation.disable_compile = True
         self.active = True
 
     def unpatch(self) -> None:
@@ -58,6 +64,8 @@ class PatchHandle:
             del module._art_settings
         for config in self._configs:
             _SwitchedConfig.release(config)
+        if self._generation is not None:
+            self._generation.disable_compile = self._disable_compile
 
     def __enter__(self) -> PatchHandle:
         return self
