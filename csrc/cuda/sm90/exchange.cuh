@@ -73,7 +73,7 @@ constexpr int kMaxRingBatches = 8;
 constexpr int kBatchSteps = 8;  // at most
 constexpr int kMaxFolders = kMaxClusterBlocks * kFolders;
 
-// Batches that may wait for their verdict: more where warps of a team judge side by side.
+// Batches that may wait for their verdict: as many as there is room for snapshots.
 constexpr int max_pending_log2(int head_dim, int head_tiles) {
   return head_dim * head_tiles <= 128 ? 3 : 2;
 }
