@@ -31,12 +31,6 @@ struct Barrier {
         "r"(bytes)
         : "memory");
   }
-  __device__ void expect(uint32_t bytes) {
-    asm volatile(
-        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)),
-        "r"(bytes)
-        : "memory");
-  }
   // Takes back bytes that were expected and will not land.
   __device__ void complete(uint32_t bytes) {
     asm volatile(
@@ -141,13 +135,9 @@ __device__ inline void send(uint32_t to, const float4& value, uint32_t barrier) 
       : "memory");
 }
 
-// A single word, and a single arrival; neither orders anything else.
+// A single word; it orders nothing else.
 __device__ inline void send_word(uint32_t to, int32_t value) {
   asm volatile("st.relaxed.cluster.shared::cluster.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
-}
-__device__ inline void arrive_remotely(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
 }
 
 // Transposes an 8 x 8 matrix of 16-bit elements held by a warp.

@@ -93,7 +93,6 @@ class Judge {
   // Adds up the slices in their order.
   __device__ IncrementMoments moments_of(int32_t batch, int row, int pair, int column) const {
     IncrementMoments sums = {};
-    float scale = 1.0f;
     bool is_scaled = false;
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
@@ -102,7 +101,6 @@ class Judge {
       sums.ad += part.y;
       sums.dd += part.z;
       is_scaled = is_scaled || part.w != 1.0f;
-      scale = fminf(scale, part.w);
     }
     return is_scaled ? scaled_moments_of(batch, row, pair, column) : sums;
   }
