@@ -91,8 +91,8 @@ def decode_attention(
         sliding_window: Visible tokens, the query's own included; None for all.
         alibi_slopes: ``[num_q_heads]``; adds ``slope * (position - last position)``.
         seq_starts: ``[batch]`` int32, first visible token (left padding).
-        batch_invariant: One fixed schedule per sequence, so that its bits do not depend on the
-            batch. On the CPU this is always so.
+        batch_invariant: The bits of a sequence's result do not depend on the batch. On the CPU
+            this is always so; on a GPU it costs a few percent.
         checked: Also checks what costs time (on the CPU: units listed twice). Default: the
             environment variable ``ART_CHECKED``.
         out: Preallocated contiguous results to write to.

@@ -12,7 +12,7 @@ namespace art {
 // too large by less than 1, hence the product by less than 2^31, and 2^31 / 2^(31 + s) <= 1 / d
 // (Granlund and Montgomery, Division by invariant integers using multiplication, theorem 4.2).
 struct Divider {
-  uint32_t multiplier = 0;
+  uint32_t multiplier = 1u << 31;
   int32_t shift = 0;
   int32_t divisor = 1;
 

@@ -65,7 +65,7 @@ struct DecodeParams {
   float d_direction;
   const float* thresholds;  // [num_kv_heads, 2]: d_scale, d_direction; null: the two floats above
   int32_t patience;
-  bool batch_invariant;  // one schedule, whatever the batch
+  bool batch_invariant;  // the same bits, whatever the batch
 
   void* out;             // [batch, num_q_heads, value_dim], contiguous
   float* lse;            // [batch, num_q_heads]

@@ -67,9 +67,9 @@ ART_HD int64_t cpu_chunk_steps(int64_t num_items, int64_t total_steps, int64_t m
   return balanced > kMinSteps ? balanced : kMinSteps;
 }
 
-// Thread blocks that compute one item on a GPU. One while the items alone fill the device; below
-// that as many as fit beside each other, but no more than a wave of steps (one bit each in a mask)
-// and no more than there are steps to share.
+// Thread blocks of the kernels for sm_80 that compute one item. One while the items alone fill the
+// device; below that as many as fit beside each other, but no more than a wave of steps (one bit
+// each in a mask) and no more than there are steps to share.
 ART_HD int32_t cuda_crew(int64_t num_items, int64_t resident_blocks, int64_t max_steps,
                          int32_t max_wave_steps) {
   int64_t crew = resident_blocks / (num_items < 1 ? 1 : num_items);
@@ -78,18 +78,12 @@ ART_HD int32_t cuda_crew(int64_t num_items, int64_t resident_blocks, int64_t max
   return crew < 1 ? 1 : static_cast<int32_t>(crew);
 }
 
-// Whether one thread block per item keeps a GPU's memory busy: from three blocks on four
-// multiprocessors on.
-ART_HD bool cuda_runs_solo(int64_t num_items, int64_t multiprocessors) {
-  return 4 * num_items >= 3 * multiprocessors;
-}
-
 // Thread blocks of a cluster that computes one item on a GPU, each on a multiprocessor of its own.
 // Half of these are enough to keep the memory busy, and more than two thread blocks to a cluster on
 // all of them are slower (H100, 32k tokens of 8 heads of 128: 16 items take 98 us in fours and 125
 // in eights, 32 items 190 in twos and 237 in fours). No more than a quarter of the steps there are
-// to share. `max_clusters`: clusters of 2, 4 and 8 that the device holds. 0: not even pairs fit,
-// and one thread block per item is better.
+// to share, but always pairs where these fit. `max_clusters`: clusters of 2, 4 and 8 that the
+// device holds. 0: not even pairs fit, and one thread block per item is better.
 ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, int64_t multiprocessors,
                                    const int32_t (&max_clusters)[3]) {
   for (int i = 2; i >= 0; --i) {
@@ -100,6 +94,9 @@ ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, int64_t
   }
   return 0;
 }
+
+constexpr int32_t kMaxBatchLog2 = 3;
+constexpr int32_t kMaxRingLog2 = 3;
 
 // Sizes of what the thread blocks of a cluster exchange, as powers of two.
 struct CudaExchange {
@@ -133,8 +130,8 @@ struct CudaExchange {
 // step. Up to `max_pending_log2` batches wait for their verdict; the thread blocks judge in turn.
 ART_HD CudaExchange cuda_exchange(int32_t blocks_log2, int64_t slot_bytes, int64_t inbox_bytes,
                                   int64_t room, int32_t max_pending_log2) {
-  for (int32_t batch = 3; batch > 0; --batch) {
-    for (int32_t ring = 3; ring >= 2; --ring) {
+  for (int32_t batch = kMaxBatchLog2; batch > 0; --batch) {
+    for (int32_t ring = kMaxRingLog2; ring >= 2; --ring) {
       for (int32_t pending = max_pending_log2 < ring ? max_pending_log2 : ring; pending >= 0;
            --pending) {
         const int32_t inbox = pending > blocks_log2 ? pending - blocks_log2 : 0;

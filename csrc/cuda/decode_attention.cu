@@ -9,15 +9,12 @@
 #include "cuda/arena.h"
 #include "cuda/device.h"
 #include "cuda/portable/launch.h"
+#include "cuda/sizes.h"
 #include "cuda/sm80/launch.h"
 #include "cuda/sm90/plan.h"
 
 namespace art::cuda {
 namespace {
-
-size_t num_items(const DecodeParams& params) {
-  return static_cast<size_t>(params.batch) * params.num_kv_heads;
-}
 
 size_t num_listed_units(const DecodeParams& params) {
   return params.walk_order == WalkOrder::kExplicit ? params.max_units : 0;
@@ -50,21 +47,20 @@ sm80::Entry sm80_entry(const DecodeParams& params) {
 
 // Thread blocks of a kernel that are resident at once; 0 where it cannot run.
 cudaError_t resident_blocks(const DecodeParams& params, sm80::Entry entry, int64_t* blocks) {
-  static ResidencyCache<2 * 2 * 9> cache;
-  const int dtype = params.dtype == DType::kFloat16, tiles = params.group_size > 8;
+  static ResidencyCache<kKernels> cache;
   Residency residency;
-  const cudaError_t error = cache.get((dtype * 2 + tiles) * 9 + params.head_dim / 32,
-                                      [&](int* per_multiprocessor) {
-                                        const cudaError_t failure =
-                                            entry(params, {}, nullptr, per_multiprocessor);
-                                        if (failure != cudaErrorInvalidValue) return failure;
-                                        // More shared memory than a thread block may have on this
-                                        // GPU.
-                                        cudaGetLastError();
-                                        *per_multiprocessor = 0;
-                                        return cudaSuccess;
-                                      },
-                                      &residency);
+  const cudaError_t error = cache.get(
+      kernel_number(params),
+      [&](int* per_multiprocessor) {
+        const cudaError_t failure = entry(params, {}, nullptr, per_multiprocessor);
+        if (failure != cudaErrorInvalidValue) return failure;
+        // More shared memory than a thread block may have on this
+        // GPU.
+        cudaGetLastError();
+        *per_multiprocessor = 0;
+        return cudaSuccess;
+      },
+      &residency);
   *blocks = error == cudaSuccess ? residency.total() : 0;
   return error;
 }
@@ -88,14 +84,6 @@ struct Plan {
   int32_t max_waves;
 };
 
-int64_t max_steps(const DecodeParams& params) {
-  const int64_t tokens = int64_t{params.max_pages} * params.page_size;
-  const int64_t units = params.walk_order == WalkOrder::kExplicit
-                            ? params.max_units
-                            : (tokens + params.unit_size - 1) / params.unit_size;
-  return units / (params.block_size / params.unit_size) + 2;
-}
-
 cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan) {
   *plan = {{}, nullptr, 1, 1, 0};
   cudaError_t error = cudaSuccess;
@@ -112,7 +100,7 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
   error = resident_blocks(params, entry, &resident);
   if (error != cudaSuccess || resident == 0) return error;
   plan->entry = entry;
-  const int64_t items = static_cast<int64_t>(num_items(params));
+  const int64_t items = num_items(params);
   plan->crew = params.batch_invariant
                    ? 1
                    : cuda_crew(items, resident, max_steps(params), sm80::kMaxWaveSteps);

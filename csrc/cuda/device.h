@@ -8,7 +8,8 @@
 
 namespace art::cuda {
 
-// Multiprocessors, and how many thread blocks of a kernel fit on one of them (0: it cannot run).
+// Multiprocessors, and how many thread blocks of a kernel fit on one of them, or clusters of a
+// kernel on the device (0: it cannot run).
 struct Residency {
   int32_t multiprocessors;
   int32_t blocks;

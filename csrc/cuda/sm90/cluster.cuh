@@ -16,6 +16,7 @@ constexpr int kMaxSharedBytes = 227 << 10;  // of a thread block
 template <class T, int kDim, int kHeadTiles>
 struct ClusterShared {
   static constexpr int kStages = num_cluster_stages(kDim);
+  static_assert(kStages <= kMaxComputingWarps);
   Stages<kDim, kStages> stages;
   QueryTile<T, kDim, kHeadTiles> query;
   Item item;
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   if (warp == kStages + kFolders + 2) {
     produce(params, maps, item, shared.stages, rank, plan.blocks(),
             [&] { return shared.exchange.stop != 0; });
+    __syncwarp();
     cluster_wait();
     cluster_arrive();
     cluster_wait();
@@ -92,6 +94,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     __syncwarp();
     cluster_arrive();
     if (folder.has_work()) folder.write_result(index);
+    __syncwarp();
     cluster_wait();
   } else if (warp == kStages + kFolders) {
     Weigher<kDim, kHeadTiles> weigher(plan, exchange, shared.exchange, item, rank);

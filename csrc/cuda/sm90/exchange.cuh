@@ -8,7 +8,9 @@
 //
 // Results and moments travel as asynchronous stores that complete a barrier of the receiver. All
 // else (how far slices are folded, that the item has ended) are single words whose arrival orders
-// nothing, for releases to a cluster cost a barrier over the whole device.
+// nothing, for releases to a cluster cost a barrier over the whole device. That is enough: a word
+// that frees ring slots follows, in its warp, loads whose values were already used, so no store
+// that waits for it can overtake them; and a verdict or stop carries all it says in the word.
 #pragma once
 
 #include "cuda/sm90/async.cuh"
@@ -35,10 +37,9 @@ class Exchange {
   // {aa, ad, dd, scale} of head 2 * pair + head, for step `in_batch` of the batch.
   __device__ float4* moments(int32_t batch, int32_t slice, int head, int in_batch, int pair) const {
     const CudaExchange& sizes = layout_.sizes;
-    const float4* inbox = ring_ + (sizes.batch_steps() * layout_.slot_pieces() << sizes.ring_log2) +
-                          inbox_place_of(batch) * layout_.inbox_pieces();
-    return const_cast<float4*>(inbox) +
-           (((2 * slice + head) << sizes.batch_log2) + in_batch) * layout_.pairs + pair;
+    float4* inbox = ring_ + (sizes.batch_steps() * layout_.slot_pieces() << sizes.ring_log2) +
+                    inbox_place_of(batch) * layout_.inbox_pieces();
+    return inbox + (((2 * slice + head) << sizes.batch_log2) + in_batch) * layout_.pairs + pair;
   }
 
   // The thread block whose turn it is to judge a batch, and where its moments lie there.
@@ -71,7 +72,15 @@ class Exchange {
 
 constexpr int kMaxRingBatches = 8;
 constexpr int kBatchSteps = 8;  // at most
+static_assert(kMaxRingBatches == 1 << kMaxRingLog2 && kBatchSteps == 1 << kMaxBatchLog2);
 constexpr int kMaxFolders = kMaxClusterBlocks * kFolders;
+constexpr int kMaxComputingWarps = 5;
+
+// The word that tells of a batch: a bit for each unstable step, below the batch's number, which
+// only has to differ from that of other batches in the ring.
+__device__ inline uint32_t verdict_on(int32_t batch, uint32_t unstable) {
+  return static_cast<uint32_t>(batch + 1) << kBatchSteps | unstable;
+}
 
 // Batches that may wait for their verdict: as many as there is room for snapshots.
 constexpr int max_pending_log2(int head_dim, int head_tiles) {
@@ -102,17 +111,19 @@ struct ExchangeShared {
   Barrier moments[kMaxPending];      // moments of a batch that is judged here are here
   // Written from afar. Batches whose ring slots a warp no longer needs: [rank * kFolders + warp].
   volatile int32_t freed[kMaxFolders];
-  // Bits of a batch's unstable steps, below the number of the batch plus one.
-  volatile int32_t verdicts[kMaxRingBatches];
+  // As verdict_on() makes them.
+  volatile uint32_t verdicts[kMaxRingBatches];
   volatile int32_t stop;  // the last step that counts, plus one; 0: not known yet, or all count
   // When a thread block is done: results that each of its warps has sent, and the first batch
   // whose moments a folding warp has not.
-  volatile int32_t sent_steps[kMaxClusterBlocks][kMaxClusterBlocks];
+  volatile int32_t sent_steps[kMaxClusterBlocks][kMaxComputingWarps];
   volatile int32_t sent_moments[kMaxFolders];
 
   // A batch's scalars are free again with its results.
   StepTable<kHeadTiles> tables[kMaxRingBatches];
-  float4 weights[kFolders][32];  // {change, share} of both heads, by step and pair
+  // What the output of a warp's slice was before each step, [step][row][pair]; the steps lie such
+  // that lanes of different steps meet different banks.
+  float4 before[kFolders][kBatchSteps][8 * kLanePairs + 4];
   Snapshot<kDim, kHeadTiles> snapshots[kFolders][kMaxPending];
 
   // By one thread.
@@ -120,7 +131,7 @@ struct ExchangeShared {
     for (Barrier& barrier : full) barrier.init(1);
     for (Barrier& barrier : weighed) barrier.init(1);
     for (Barrier& barrier : moments) barrier.init(1);
-    for (volatile int32_t& verdict : verdicts) verdict = 0;
+    for (volatile uint32_t& verdict : verdicts) verdict = 0;
     for (volatile int32_t& batches : freed) batches = 0;
     stop = 0;
   }

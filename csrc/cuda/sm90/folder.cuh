@@ -6,29 +6,6 @@
 
 namespace art::cuda::sm90 {
 
-// Adds up what the lanes of a head pair hold for eight steps; row lane / 4 gets step lane / 4.
-template <int kValues>
-__device__ inline void reduce_to_rows(float (&parts)[8][kValues], float (&sums)[kValues]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int round = 0; round < 3; ++round) {
-    const int half = 4 >> round;
-    const bool upper = lane & (4 * half);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i >= half) break;
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) {
-        const float kept = upper ? parts[i + half][v] : parts[i][v];
-        const float given = upper ? parts[i][v] : parts[i + half][v];
-        parts[i][v] = kept + __shfl_xor_sync(~0u, given, 4 * half);
-      }
-    }
-  }
-#pragma unroll
-  for (int v = 0; v < kValues; ++v) sums[v] = parts[0][v];
-}
-
 template <class T, int kDim, int kHeadTiles>
 class Folder {
   using Shared = ExchangeShared<kDim, kHeadTiles>;
@@ -110,13 +87,13 @@ class Folder {
 
  private:
   __device__ void run_with_verdicts() {
-    const int32_t senders = 1 << plan_.senders_log2;
+    const int32_t sharers = 1 << plan_.sharers_log2;
     int32_t num_sent = 0;
     for (batch_ = 0; batch_ < num_batches_; ++batch_) {
       if (!wait_for_batch()) break;
       if (share_.turn == 0) save();
       const int32_t count = steps_of(batch_);
-      if ((batch_ & (senders - 1)) == share_.turn) {
+      if ((batch_ & (sharers - 1)) == share_.turn) {
         for_each_slice([&](int k, int32_t slice) { fold_and_send(k, slice, count); });
         num_sent = batch_ + 1;
       } else {
@@ -158,14 +135,17 @@ class Folder {
   // Takes note of the next verdict if it is there, on a batch that this warp has folded. If reading
   // goes on after it, its ring slots are free.
   __device__ void take_verdict() {
-    const int32_t verdict = __shfl_sync(~0u, shared_.verdicts[sizes_.ring_place(num_known_)], 0);
-    if (verdict >> kBatchSteps != num_known_ + 1) return;
+    const uint32_t verdict = __shfl_sync(~0u, shared_.verdicts[sizes_.ring_place(num_known_)], 0);
+    if ((verdict ^ verdict_on(num_known_, 0)) >> kBatchSteps != 0) return;
     const int32_t first = num_known_ << sizes_.batch_log2, count = steps_of(num_known_);
+    const int32_t first_row = first_compared_ > first ? first_compared_ - first : 0;
+    const uint32_t compared = first_row < count ? (1u << count) - (1u << first_row) : 0;
+    const uint32_t stable = ~verdict & compared;
     int32_t last_step = -1;
-#pragma unroll
-    for (int32_t i = 0; i < kBatchSteps; ++i) {
-      if (i >= count || first + i < first_compared_ || last_step >= 0) continue;
-      if (patience_.completes(!(verdict >> i & 1), params_.patience)) last_step = first + i;
+    // Most batches have no stable step.
+    if (stable == 0) patience_ = {};
+    for (int32_t i = 0; stable != 0 && i < count && last_step < 0; ++i) {
+      if (patience_.completes(stable >> i & 1, params_.patience)) last_step = first + i;
     }
     if (last_step < 0) {
       set_free(++num_known_);
@@ -191,9 +171,6 @@ class Folder {
   }
 
   __device__ int pair(int ht) const { return kLanePairs * ht + lane_ % 4; }
-  __device__ bool has_head(int ht, int column) const {
-    return 2 * pair(ht) + column < params_.group_size;
-  }
   __device__ const StepTable<kHeadTiles>& table() const {
     return shared_.tables[sizes_.ring_place(batch_)];
   }
@@ -202,7 +179,7 @@ class Folder {
                             exists ? pair(ht) : 0);
   }
 
-  // Visits the steps of the batch at hand in one slice and head tile, with the running output
+  // Folds the steps of the batch at hand in one slice and head tile, and shows the running output
   // before each.
   template <class Visit>
   __device__ void fold_tile(int ht, int32_t slice, int32_t count, float4& a,
@@ -217,7 +194,7 @@ class Folder {
       // Rows past the end of the batch are such that nothing changes.
       const float4 f = factors[i][lane_ % 4];
       const float4 old = make_float4(a.x * f.x, a.y * f.z, a.z * f.x, a.w * f.z);
-      visit(i, old, p);
+      visit(i, old);
       a = make_float4(fmaf(p.x, f.y, old.x), fmaf(p.y, f.w, old.y), fmaf(p.z, f.y, old.z),
                       fmaf(p.w, f.w, old.w));
     }
@@ -227,70 +204,137 @@ class Folder {
     for_each_slice([&](int k, int32_t slice) {
 #pragma unroll
       for (int ht = 0; ht < kHeadTiles; ++ht) {
-        fold_tile(ht, slice, count, values_[k][ht], [](int, const float4&, const float4&) {});
+        fold_tile(ht, slice, count, values_[k][ht], [](int, const float4&) {});
       }
     });
   }
 
-  // Folds a slice and sends its part of the moments of every step.
+  // Folds a slice and sends its part of the moments of every step. What the output was before each
+  // step is put down, so that then a lane can look at all channels of its own step.
   __device__ void fold_and_send(int k, int32_t slice, int32_t count) {
 #pragma unroll
     for (int ht = 0; ht < kHeadTiles; ++ht) {
-      const float4 start = values_[k][ht];
-      weigh(ht);
-      float parts[kBatchSteps][6], sums[6];
-      fold_tile(ht, slice, count, values_[k][ht], [&](int i, const float4& old, const float4& p) {
-        const float4 w = shared_.weights[number_ % kFolders][4 * i + lane_ % 4];
-        const float4 d = make_float4(p.x * w.x - old.x * w.y, p.y * w.z - old.y * w.w,
-                                     p.z * w.x - old.z * w.y, p.w * w.z - old.w * w.w);
-        parts[i][0] = fmaf(old.x, old.x, old.z * old.z);
-        parts[i][1] = fmaf(old.x, d.x, old.z * d.z);
-        parts[i][2] = fmaf(d.x, d.x, d.z * d.z);
-        parts[i][3] = fmaf(old.y, old.y, old.w * old.w);
-        parts[i][4] = fmaf(old.y, d.y, old.w * d.w);
-        parts[i][5] = fmaf(d.y, d.y, d.w * d.w);
-      });
-      reduce_to_rows(parts, sums);
-      float scales[2] = {1.0f, 1.0f};
-      const bool matters = row_ >= first_compared_row() && row_ < count;
-      const bool doubtful =
-          (has_head(ht, 0) && !inside(sums)) || (has_head(ht, 1) && !inside(sums + 3));
-      if (__any_sync(~0u, matters && doubtful)) {
-        sum_scaled(ht, slice, count, start, sums, scales);
-      }
-      if (row_ < count && pair(ht) < plan_.layout.pairs) {
-        const int32_t judge = exchange_.judge_of(batch_);
-        const uint32_t arrived =
-            remote_address(&shared_.moments[exchange_.inbox_place_of(batch_)], judge);
+      auto& before = shared_.before[number_ % kFolders];
+      fold_tile(ht, slice, count, values_[k][ht],
+                [&](int i, const float4& old) { before[i][lane_] = old; });
+      __syncwarp();
+      send_moments(ht, slice, count);
+      __syncwarp();
+    }
+  }
+
+  // What a lane looks at when moments are formed: step lane / 4, and one pair of heads. Of two
+  // pairs at most there are two lanes for each, and each takes half of the channels.
+  struct View {
+    bool is_halved;
+    int column;  // of the tables: the pair within its head tile
+    int num_rows;
+    const float4* before;  // [row][kLanePairs]
+    const float4* values;  // [row][pairs]
+    float4 weights;        // {change, share} of both heads
+  };
+
+  __device__ void send_moments(int ht, int32_t slice, int32_t count) const {
+    const int32_t pairs = plan_.layout.pairs;
+    View view;
+    view.is_halved = 2 * pairs <= kLanePairs;
+    view.column = view.is_halved ? lane_ % 2 : lane_ % 4;
+    view.num_rows = view.is_halved ? 4 : 8;
+    const int own = kLanePairs * ht + view.column;
+    const int first = view.is_halved && lane_ & 2 ? 4 : 0;
+    view.before = shared_.before[number_ % kFolders][row_] + kLanePairs * first + view.column;
+    view.values = exchange_.values((batch_ << sizes_.batch_log2) + row_, slice >> plan_.blocks_log2,
+                                   first, own < pairs ? own : 0);
+    view.weights = weigh(ht, view.column);
+
+    const bool sends = row_ < count && own < pairs;
+    float sums[6], scales[2] = {1.0f, 1.0f};
+    sum_rows(view, scales, sums);
+    const bool has_second = 2 * own + 1 < params_.group_size;
+    const bool doubtful = !inside(sums) || (has_second && !inside(sums + 3));
+    if (__any_sync(~0u, sends && row_ >= first_compared_row() && doubtful)) {
+      sum_scaled(view, scales, sums);
+    }
+    if (!sends) return;
+    const int32_t judge = exchange_.judge_of(batch_);
+    const uint32_t arrived =
+        remote_address(&shared_.moments[exchange_.inbox_place_of(batch_)], judge);
 #pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          const float* m = sums + 3 * column;
-          send(remote_address(exchange_.moments(batch_, slice, column, row_, pair(ht)), judge),
-               make_float4(m[0], m[1], m[2], scales[column]), arrived);
-        }
+    for (int head = 0; head < 2; ++head) {
+      if (view.is_halved && head != lane_ / 2 % 2) continue;
+      const float* m = sums + 3 * head;
+      send(remote_address(exchange_.moments(batch_, slice, head, row_, own), judge),
+           make_float4(m[0], m[1], m[2], scales[head]), arrived);
+    }
+  }
+
+  // How the lane's step changes the output.
+  __device__ float4 weigh(int ht, int column) const {
+    const float4 f = table().factors[ht][row_][column];
+    const float4 sums = table().sums[ht][row_][column];
+    const float4 after = table().states[ht][row_][column];
+    const int32_t g = 2 * (kLanePairs * ht + column);
+    const IncrementWeights low =
+        increment_weights(sums.y, {after.x, after.y}, sink_of(params_, item_.kv_head, g));
+    const IncrementWeights high =
+        increment_weights(sums.w, {after.z, after.w}, sink_of(params_, item_.kv_head, g + 1));
+    return make_float4(f.y * low.keep, low.share, f.w * high.keep, high.share);
+  }
+
+  // Visits the lane's rows: the output before the step and its change, of {head, head + 1} in one
+  // channel and in another.
+  template <class Visit>
+  __device__ static void for_each_row(const View& view, int32_t pairs, const Visit& visit) {
+    const float4& w = view.weights;
+    for (int first = 0; first < view.num_rows; first += 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 a = view.before[kLanePairs * (first + i)];
+        const float4 p = view.values[pairs * (first + i)];
+        const float4 d = make_float4(p.x * w.x - a.x * w.y, p.y * w.z - a.y * w.w,
+                                     p.z * w.x - a.z * w.y, p.w * w.z - a.w * w.w);
+        visit(a, d);
       }
     }
   }
 
-  // Forms how each step changes the output, each row of lanes for its step.
-  __device__ void weigh(int ht) const {
-    const float4 f = table().factors[ht][row_][lane_ % 4];
-    const float4 sums = table().sums[ht][row_][lane_ % 4];
-    const float4 after = table().states[ht][row_][lane_ % 4];
-    float4 weights;
-    weights.x = weigh_head(ht, 0, {after.x, after.y}, f.y, sums.y, weights.y);
-    weights.z = weigh_head(ht, 1, {after.z, after.w}, f.w, sums.w, weights.w);
-    // The lanes have read those of the batch before.
-    __syncwarp();
-    shared_.weights[number_ % kFolders][lane_] = weights;
-    __syncwarp();
+  // {aa, ad, dd} of both heads.
+  __device__ void sum_rows(const View& view, const float (&scales)[2], float (&sums)[6]) const {
+#pragma unroll
+    for (float& sum : sums) sum = 0.0f;
+    const float s = scales[0], t = scales[1];
+    for_each_row(view, plan_.layout.pairs, [&](const float4& a, const float4& d) {
+      add_moments(a.x * s, a.z * s, d.x * s, d.z * s, sums);
+      add_moments(a.y * t, a.w * t, d.y * t, d.w * t, sums + 3);
+    });
+    if (!view.is_halved) return;
+#pragma unroll
+    for (float& sum : sums) sum += __shfl_xor_sync(~0u, sum, 2);
   }
-  __device__ float weigh_head(int ht, int column, const SoftmaxState& after, float incoming,
-                              float mass, float& share) const {
-    const float* sink = sink_of(params_, item_.kv_head, 2 * pair(ht) + column);
-    const IncrementWeights weights = increment_weights(mass, after, sink);
-    share = weights.share;
-    return incoming * weights.keep;
+
+  __device__ static void add_moments(float a, float a_next, float d, float d_next, float* sums) {
+    sums[0] = fmaf(a_next, a_next, fmaf(a, a, sums[0]));
+    sums[1] = fmaf(a_next, d_next, fmaf(a, d, sums[1]));
+    sums[2] = fmaf(d_next, d_next, fmaf(d, d, sums[2]));
+  }
+
+  // Where squares leave the range of float32: from vectors that are scaled step by step.
+  __device__ void sum_scaled(const View& view, float (&scales)[2], float (&sums)[6]) const {
+    float largest[2] = {};
+    for_each_row(view, plan_.layout.pairs, [&](const float4& a, const float4& d) {
+      largest[0] =
+          fmaxf(largest[0], fmaxf(fmaxf(fabsf(a.x), fabsf(a.z)), fmaxf(fabsf(d.x), fabsf(d.z))));
+      largest[1] =
+          fmaxf(largest[1], fmaxf(fmaxf(fabsf(a.y), fabsf(a.w)), fmaxf(fabsf(d.y), fabsf(d.w))));
+    });
+#pragma unroll
+    for (int head = 0; head < 2; ++head) {
+      float most = largest[head];
+      if (view.is_halved) most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      // What a step gives must not depend on those it shares a batch with.
+      if (!inside(sums + 3 * head)) scales[head] = moment_scale(most);
+    }
+    sum_rows(view, scales, sums);
   }
 
   __device__ static bool inside(const float* moments) {
@@ -299,39 +343,6 @@ class Folder {
   // The first step of the batch at hand that is compared with the one before it.
   __device__ int32_t first_compared_row() const {
     return first_compared_ - (batch_ << sizes_.batch_log2);
-  }
-
-  // Where squares leave the range of float32: the moments of the slice from vectors that are
-  // scaled step by step.
-  __device__ void sum_scaled(int ht, int32_t slice, int32_t count, float4 a, float (&sums)[6],
-                             float (&scales)[2]) const {
-    const bool exists = pair(ht) < plan_.layout.pairs;
-    const float4* from = values_of(slice, ht, exists);
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const float4 p = exists ? from[i * plan_.layout.slot_pieces()] : float4{};
-      const float4 f = table().factors[ht][i][lane_ % 4];
-      const float4 w = shared_.weights[number_ % kFolders][4 * i + lane_ % 4];
-      const float old[4] = {a.x * f.x, a.y * f.z, a.z * f.x, a.w * f.z};
-      const float d[4] = {p.x * w.x - old[0] * w.y, p.y * w.z - old[1] * w.w,
-                          p.z * w.x - old[2] * w.y, p.w * w.z - old[3] * w.w};
-#pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const float a0 = old[column], a1 = old[column + 2], d0 = d[column], d1 = d[column + 2];
-        const float largest = fmaxf(fmaxf(fabsf(a0), fabsf(a1)), fmaxf(fabsf(d0), fabsf(d1)));
-        const float scale = moment_scale(head_max(largest));
-        const float x0 = a0 * scale, x1 = a1 * scale, y0 = d0 * scale, y1 = d1 * scale;
-        const float aa = head_sum(fmaf(x0, x0, x1 * x1)), ad = head_sum(fmaf(x0, y0, x1 * y1));
-        const float dd = head_sum(fmaf(y0, y0, y1 * y1));
-        if (row_ != i) continue;
-        sums[3 * column] = aa;
-        sums[3 * column + 1] = ad;
-        sums[3 * column + 2] = dd;
-        scales[column] = scale;
-      }
-      a = make_float4(fmaf(p.x, f.y, old[0]), fmaf(p.y, f.w, old[1]), fmaf(p.z, f.y, old[2]),
-                      fmaf(p.w, f.w, old[3]));
-    }
   }
 
   // Each lane finds again what it left.

@@ -38,8 +38,8 @@ class Judge {
       if (lane_ == 0) expect(batch_ + plan_.blocks() * sizes_.inbox_batches());
       __syncwarp();
       if (lane_ < plan_.blocks()) {
-        const int32_t verdict = (batch_ + 1) << kBatchSteps | unstable;
-        send_word(remote_address(&shared_.verdicts[sizes_.ring_place(batch_)], lane_), verdict);
+        send_word(remote_address(&shared_.verdicts[sizes_.ring_place(batch_)], lane_),
+                  verdict_on(batch_, unstable));
       }
     }
   }
@@ -54,7 +54,7 @@ class Judge {
       const int32_t batch = batch_ + i * plan_.blocks();
       if (batch >= num_batches_) break;
       // Each lane looks at one folding warp.
-      const bool is_sender = has_work && (batch & ((1 << plan_.senders_log2) - 1)) == folder.turn;
+      const bool is_sender = has_work && (batch & ((1 << plan_.sharers_log2) - 1)) == folder.turn;
       const bool is_missing = is_sender && shared_.sent_moments[lane_] <= batch;
       const int32_t missing = __reduce_add_sync(~0u, is_missing ? folder.num_slices(kSlices) : 0);
       if (lane_ == 0 && missing > 0) moments(batch).complete(missing * bytes_of(batch));

@@ -8,17 +8,14 @@ namespace art::cuda::sm90 {
 
 // Thread blocks on a multiprocessor, and the tiles that each holds: 64 to 96 KiB of them are enough
 // to keep the memory busy, and a short look-ahead reads little in vain after a stop. Every stage
-// belongs to one consuming warp, so that each barrier has one thread that waits for all its phases.
+// belongs to one consuming warp, so that each barrier has one warp that waits for all its phases.
 constexpr int num_blocks(int head_dim, int head_tiles) {
-  if (head_dim <= 64) return head_tiles == 1 ? 3 : 2;
-  return head_dim <= 128 || (head_dim <= 192 && head_tiles == 1) ? 2 : 1;
+  return head_dim <= 64 && head_tiles == 1 ? 3 : 2;
 }
 constexpr int num_stages(int head_dim, int head_tiles) {
   if (head_dim <= 64) return 4;
   if (head_dim <= 96) return head_tiles == 1 ? 4 : 3;
-  if (head_dim <= 128) return head_tiles == 1 ? 3 : 2;
-  if (head_dim <= 192) return head_tiles == 1 ? 2 : 3;
-  return 3;
+  return head_dim <= 128 && head_tiles == 1 ? 3 : 2;
 }
 
 // One thread block of a cluster has a multiprocessor to itself, and 80 to 144 KiB of tiles: more of

@@ -61,7 +61,7 @@ struct ClusterPlan {
   int32_t blocks_log2;  // thread blocks per item: 2, 4 or 8
   // Folding warps of a thread block that have the same slices. All fold them; forming moments takes
   // longer, and they do that in turn.
-  int32_t senders_log2;
+  int32_t sharers_log2;
   ExchangeLayout layout;
 
   ART_HD int32_t blocks() const { return 1 << blocks_log2; }
@@ -71,10 +71,10 @@ struct ClusterPlan {
 struct FolderShare {
   int32_t first;  // not below the number of slices: there is nothing for this warp
   int32_t apart_log2;
-  int32_t turn;  // sends the moments of batches turn, turn + senders, ...
+  int32_t turn;  // sends the moments of batches turn, turn + sharers, ...
 
   ART_HD FolderShare(const ClusterPlan& plan, int32_t rank, int32_t warp) {
-    const int32_t owners_log2 = kFoldersLog2 - plan.senders_log2;
+    const int32_t owners_log2 = kFoldersLog2 - plan.sharers_log2;
     first = rank + ((warp & ((1 << owners_log2) - 1)) << plan.blocks_log2);
     apart_log2 = owners_log2 + plan.blocks_log2;
     turn = warp >> owners_log2;

@@ -2,6 +2,7 @@
 
 #include "core/schedule.h"
 #include "cuda/device.h"
+#include "cuda/sizes.h"
 #include "cuda/sm90/tensor_map.h"
 
 namespace art::cuda::sm90 {
@@ -39,25 +40,6 @@ bool takes(const DecodeParams& params) {
          reinterpret_cast<uintptr_t>(params.query) % 4 == 0;
 }
 
-int64_t num_items(const DecodeParams& params) {
-  return int64_t{params.batch} * params.num_kv_heads;
-}
-
-// Of a sequence that fills its block table.
-int64_t max_steps(const DecodeParams& params) {
-  const int64_t tokens = int64_t{params.max_pages} * params.page_size;
-  const int64_t units = params.walk_order == WalkOrder::kExplicit
-                            ? params.max_units
-                            : (tokens + params.unit_size - 1) / params.unit_size;
-  return units / (params.block_size / params.unit_size) + 2;
-}
-
-// A number for each kernel of a dtype, head size and number of head tiles.
-int kernel_number(const DecodeParams& params) {
-  const int dtype = params.dtype == DType::kFloat16, tiles = params.group_size > 8;
-  return (dtype * 2 + tiles) * 9 + params.head_dim / 32;
-}
-constexpr int kKernels = 2 * 2 * 9;
 constexpr int kClusterSizes = 3;
 
 cudaError_t solo_residency(const DecodeParams& params, const Entries& entries,
@@ -95,7 +77,7 @@ int32_t choose_blocks(const DecodeParams& params, int64_t num_splits, int64_t mu
     for (int i = 0; i < kClusterSizes; ++i) {
       if ((2 << i) <= num_splits && max_clusters[i] > 0) blocks = 2 << i;
     }
-  } else if (params.batch_invariant || !cuda_runs_solo(num_items(params), multiprocessors)) {
+  } else {
     blocks =
         cuda_cluster_blocks(num_items(params), max_steps(params), multiprocessors, max_clusters);
     // Clusters of any size give the same bits, but not the ones of solo.
@@ -105,10 +87,10 @@ int32_t choose_blocks(const DecodeParams& params, int64_t num_splits, int64_t mu
 }
 
 ClusterPlan plan_cluster(const DecodeParams& params, const Entries& entries, int32_t blocks) {
-  ClusterPlan plan;
+  ClusterPlan plan = {};
   const int32_t slices = num_slices(params.head_dim), local = slices_of_block(slices, blocks);
-  plan.blocks_log2 = blocks == 8 ? 3 : blocks / 2;
-  plan.senders_log2 = local == 1 ? 2 : local == 2 ? 1 : 0;
+  while (plan.blocks() < blocks) ++plan.blocks_log2;
+  plan.sharers_log2 = local == 1 ? 2 : local == 2 ? 1 : 0;
   plan.layout = {(params.group_size + 1) / 2, local, slices, {}};
   plan.layout.sizes = cuda_exchange(plan.blocks_log2, 16 * plan.layout.slot_pieces(),
                                     16 * plan.layout.inbox_pieces(), entries.exchange_bytes,
@@ -131,13 +113,14 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
   if (error == cudaSuccess && plan->entries.solo != nullptr) {
     error = solo_residency(params, plan->entries, &solo);
   }
-  // Without clusters of two, the GPU is older.
+  // Without clusters of two, the GPU is older or has too little shared memory.
   if (error != cudaSuccess || max_clusters[0] == 0) return error;
-  plan->can_run = true;
   const int32_t blocks =
       choose_blocks(params, num_splits, multiprocessors, solo.blocks > 0, max_clusters);
   plan->is_solo = blocks == 1;
   if (!plan->is_solo) plan->cluster = plan_cluster(params, plan->entries, blocks);
+  plan->can_run =
+      plan->is_solo || plan->cluster.layout.bytes() <= int64_t{plan->entries.exchange_bytes};
   return cudaSuccess;
 }
 

@@ -25,7 +25,7 @@ struct SoloShared {
   Barrier fold_turn[kConsumers], verdict_turn[kConsumers];
   PatienceCounter patience;
   int32_t tokens_read;
-  bool is_finished;
+  volatile bool is_finished;
   int32_t found_row;  // by item_at()
 };
 
@@ -73,9 +73,8 @@ class SoloConsumer {
   // This lane's part of the sums.
   using Moments = IncrementMoments[kHeadTiles][2];
 
-  __device__ bool is_finished() const {
-    return *const_cast<const volatile bool*>(&shared_.is_finished);
-  }
+  // The same answer for all lanes: it may change at any time.
+  __device__ bool is_finished() const { return __any_sync(~0u, shared_.is_finished); }
 
   __device__ int32_t head(int head_tile, int column) const {
     return 8 * head_tile + 2 * (lane_ % 4) + column;
@@ -202,7 +201,7 @@ class SoloConsumer {
     if (lane_ == 0) {
       shared_.patience = patience;
       shared_.tokens_read = read;
-      if (ends) *const_cast<volatile bool*>(&shared_.is_finished) = true;
+      if (ends) shared_.is_finished = true;
     }
     if (ends) write_result(read, stops ? item_.steps.block_of(step) : -1);
   }
@@ -288,8 +287,7 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
                     threadIdx.x, kThreads);
   __syncthreads();
   if (threadIdx.x / 32 == Shared::kConsumers) {
-    produce(params, maps, item, shared.stages, 0, 1,
-            [&] { return *const_cast<const volatile bool*>(&shared.is_finished); });
+    produce(params, maps, item, shared.stages, 0, 1, [&] { return shared.is_finished; });
     return;
   }
   if (threadIdx.x == 0) {

@@ -36,7 +36,6 @@ __device__ inline Box find_box(const DecodeParams& params, const Maps& maps, con
   return {token, item.block_table[entry], token - entry * params.page_size, end - begin};
 }
 
-// Stages as the producing warp sees them: it waits for one to be empty, fills it, and so on.
 template <int kDim, int kStages>
 struct Stages {
   unsigned char keys[kStages][TileShape<kDim>::kTileBytes];
@@ -52,6 +51,7 @@ struct Stages {
   }
 };
 
+// Stages as the producing warp sees them: it waits for one to be empty, fills it, and so on.
 template <int kDim, int kStages>
 class Producer {
  public:
@@ -174,7 +174,8 @@ class Consumer {
       round_ ^= 1;
       const TileInfo& info = stages_.info[stage_];
       step = info.step;
-      if (step >= 0 && !skips()) {
+      // Asked once for all lanes: the answer may change at any time.
+      if (step >= 0 && !__any_sync(~0u, skips())) {
         tokens += info.tokens;
         attention_.run(item.kv_head, query_, stages_.keys[stage_], stages_.values[stage_], info,
                        i == 0, partial);
