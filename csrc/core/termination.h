@@ -105,6 +105,26 @@ struct PatienceCounter {
     stable_blocks = block_is_stable ? stable_blocks + 1 : 0;
     return stable_blocks >= patience;
   }
+
+  // The same for blocks `first` to `end` - 1, a bit each, fewer than 32: the one that completes it,
+  // or -1.
+  ART_HD int32_t completes_among(uint32_t stable, int32_t first, int32_t end, int32_t patience) {
+    const int32_t count = end - first;
+    if (count > 0 && stable >> first == (1u << count) - 1) {
+      const int32_t missing = patience - stable_blocks;
+      stable_blocks += count;
+      return missing <= count ? first + missing - 1 : -1;
+    }
+    for (int32_t i = first; i < end; ++i) {
+      const uint32_t rest = stable >> i;
+      if (rest == 0) {
+        stable_blocks = 0;
+        return -1;
+      }
+      if (completes(rest & 1, patience)) return i;
+    }
+    return -1;
+  }
 };
 
 }  // namespace art

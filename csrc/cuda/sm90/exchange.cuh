@@ -109,8 +109,10 @@ struct ExchangeShared {
   Barrier full[kMaxRingBatches];     // results of a batch are here
   Barrier weighed[kMaxRingBatches];  // and so are its scalars
   Barrier moments[kMaxPending];      // moments of a batch that is judged here are here
-  // Written from afar. Batches whose ring slots a warp no longer needs: [rank * kFolders + warp].
-  volatile int32_t freed[kMaxFolders];
+  // Written from afar. Batches that a warp has folded: [rank * kFolders + warp]; and, of a thread
+  // block, batches on which it knows the verdict.
+  volatile int32_t folded[kMaxFolders];
+  volatile int32_t known[kMaxClusterBlocks];
   // As verdict_on() makes them.
   volatile uint32_t verdicts[kMaxRingBatches];
   volatile int32_t stop;  // the last step that counts, plus one; 0: not known yet, or all count
@@ -132,7 +134,8 @@ struct ExchangeShared {
     for (Barrier& barrier : weighed) barrier.init(1);
     for (Barrier& barrier : moments) barrier.init(1);
     for (volatile uint32_t& verdict : verdicts) verdict = 0;
-    for (volatile int32_t& batches : freed) batches = 0;
+    for (volatile int32_t& batches : folded) batches = 0;
+    for (volatile int32_t& batches : known) batches = 0;
     stop = 0;
   }
 };

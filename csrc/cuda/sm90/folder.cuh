@@ -34,16 +34,31 @@ class Folder {
 
   // Folds all steps, or up to the one that completes patience.
   __device__ void run() {
-    if (params_.use_stability) {
-      run_with_verdicts();
-      return;
-    }
-    for (batch_ = 0; batch_ < num_batches_; ++batch_) {
-      wait_for_batch();
-      fold_batch(steps_of(batch_));
+    const int32_t sharers = 1 << plan_.sharers_log2;
+    int32_t num_sent = 0;
+    for (; batch_ < num_batches_ && wait_for_batch(); ++batch_) {
+      if (keeps()) save();
+      const int32_t count = sizes_.steps_in(batch_, num_steps_);
+      if (params_.use_stability && (batch_ & (sharers - 1)) == share_.turn) {
+        for_each_slice([&](int k, int32_t slice) { fold_and_send(k, slice, count); });
+        num_sent = batch_ + 1;
+      } else {
+        fold_batch(count);
+      }
       __syncwarp();
-      set_free(batch_ + 1);
+      if (lane_ < plan_.blocks()) {
+        send_word(remote_address(&shared_.folded[number_], lane_), batch_ + 1);
+      }
     }
+    if (!params_.use_stability) return;
+    if (lane_ < plan_.blocks()) {
+      send_word(remote_address(&shared_.sent_moments[number_], lane_), num_sent);
+    }
+    if (!keeps()) return;
+    while (known() < num_batches_ && last_batch() == num_batches_) {
+    }
+    const int32_t stop = shared_.stop;
+    if (stop != 0) fold_up_to(stop - 1);
   }
 
   // Of warps with the same slices the first one writes; that of the first slice writes what there
@@ -86,29 +101,13 @@ class Folder {
   }
 
  private:
-  __device__ void run_with_verdicts() {
-    const int32_t sharers = 1 << plan_.sharers_log2;
-    int32_t num_sent = 0;
-    for (batch_ = 0; batch_ < num_batches_; ++batch_) {
-      if (!wait_for_batch()) break;
-      if (share_.turn == 0) save();
-      const int32_t count = steps_of(batch_);
-      if ((batch_ & (sharers - 1)) == share_.turn) {
-        for_each_slice([&](int k, int32_t slice) { fold_and_send(k, slice, count); });
-        num_sent = batch_ + 1;
-      } else {
-        fold_batch(count);
-      }
-    }
-    while (num_known_ < num_batches_ && last_batch() == num_batches_) take_verdict();
-    if (lane_ < plan_.blocks()) {
-      send_word(remote_address(&shared_.sent_moments[number_], lane_), num_sent);
-    }
-    const int32_t stop = shared_.stop;
-    if (stop != 0 && share_.turn == 0) fold_up_to(stop - 1);
-  }
+  // Whether this warp goes back to the step that ends the item, if there is one, for the result.
+  __device__ bool keeps() const { return params_.use_stability && share_.turn == 0; }
 
-  __device__ int32_t steps_of(int32_t batch) const { return sizes_.steps_in(batch, num_steps_); }
+  // Batches on which the verdict is known to this thread block.
+  __device__ int32_t known() const {
+    return __shfl_sync(~0u, shared_.known[number_ / kFolders], 0);
+  }
 
   // The batch in which the item ended; none is so late while that is not known. A warp may hear of
   // the end while it is still behind it.
@@ -117,48 +116,19 @@ class Folder {
     return stop == 0 ? num_batches_ : sizes_.batch_of(stop - 1);
   }
 
-  // Waits until a batch can be folded: its results are weighed, and not too many batches before it
-  // wait for their verdict. False: the item ended before.
-  __device__ bool wait_for_batch() {
+  // Waits until a batch can be folded: its results are weighed, and there is room for a snapshot
+  // and for moments. False: the item ended before.
+  __device__ bool wait_for_batch() const {
     Barrier& weighed = shared_.weighed[sizes_.ring_place(batch_)];
     while (true) {
       const bool is_weighed = __all_sync(~0u, weighed.is_over(sizes_.ring_parity(batch_)));
       const int32_t last = last_batch();
       if (last < batch_) return false;
-      // What came before the end was good, whether or not this warp has taken note of it.
-      const bool has_room = num_known_ + sizes_.pending() > batch_ || last < num_batches_;
-      if (is_weighed && (has_room || !params_.use_stability)) return true;
-      if (num_known_ < batch_ && params_.use_stability) take_verdict();
+      // What came before the end was good, whether or not this thread block has taken note of it.
+      const bool has_room =
+          !params_.use_stability || last < num_batches_ || known() + sizes_.pending() > batch_;
+      if (is_weighed && has_room) return true;
     }
-  }
-
-  // Takes note of the next verdict if it is there, on a batch that this warp has folded. If reading
-  // goes on after it, its ring slots are free.
-  __device__ void take_verdict() {
-    const uint32_t verdict = __shfl_sync(~0u, shared_.verdicts[sizes_.ring_place(num_known_)], 0);
-    if ((verdict ^ verdict_on(num_known_, 0)) >> kBatchSteps != 0) return;
-    const int32_t first = num_known_ << sizes_.batch_log2, count = steps_of(num_known_);
-    const int32_t first_row = first_compared_ > first ? first_compared_ - first : 0;
-    const uint32_t compared = first_row < count ? (1u << count) - (1u << first_row) : 0;
-    const uint32_t stable = ~verdict & compared;
-    int32_t last_step = -1;
-    // Most batches have no stable step.
-    if (stable == 0) patience_ = {};
-    for (int32_t i = 0; stable != 0 && i < count && last_step < 0; ++i) {
-      if (patience_.completes(stable >> i & 1, params_.patience)) last_step = first + i;
-    }
-    if (last_step < 0) {
-      set_free(++num_known_);
-      return;
-    }
-    // All that see this verdict say the same.
-    if (lane_ < plan_.blocks()) send_word(remote_address(&shared_.stop, lane_), last_step + 1);
-    while (last_batch() == num_batches_) {
-    }
-  }
-
-  __device__ void set_free(int32_t batches) const {
-    if (lane_ < plan_.blocks()) send_word(remote_address(&shared_.freed[number_], lane_), batches);
   }
 
   template <class Visit>
@@ -389,9 +359,7 @@ class Folder {
   const int lane_, row_;
   const int32_t num_steps_, num_batches_;
   const int32_t first_compared_;  // step
-  PatienceCounter patience_;
-  int32_t num_known_ = 0;  // verdicts that were taken note of
-  int32_t batch_ = 0;      // the one at hand
+  int32_t batch_ = 0;             // the one at hand
   float4 values_[kOwn][kHeadTiles] = {};
 };
 

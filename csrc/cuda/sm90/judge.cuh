@@ -1,4 +1,5 @@
-// The warp of a thread block that judges batches: which of their steps changed the output little.
+// The warp of a thread block that judges batches, which of their steps changed the output little,
+// and counts patience over the verdicts of all thread blocks.
 #pragma once
 
 #include "cuda/sm90/exchange.cuh"
@@ -23,24 +24,23 @@ class Judge {
         num_steps_(item.steps.num_steps),
         lane_(threadIdx.x % 32),
         num_batches_(sizes_.num_batches(num_steps_)),
+        first_compared_(item.steps.num_start_steps > 1 ? item.steps.num_start_steps : 1),
+        rank_(rank),
         batch_(rank) {}
 
-  // Every batch that is this thread block's turn, or until the item ends.
+  // Judges every batch that is this thread block's turn, and takes note of all verdicts, until the
+  // item ends.
   __device__ void run() {
     if (lane_ == 0) {
       for (int32_t i = 0; i < sizes_.inbox_batches(); ++i) expect(batch_ + i * plan_.blocks());
     }
-    for (; batch_ < num_batches_; batch_ += plan_.blocks()) {
-      while (!__all_sync(~0u, moments(batch_).is_over(exchange_.inbox_parity(batch_)))) {
-        if (__any_sync(~0u, shared_.stop != 0)) return;
+    while (num_known_ < num_batches_ && !__any_sync(~0u, shared_.stop != 0)) {
+      if (batch_ < num_batches_ &&
+          __all_sync(~0u, moments(batch_).is_over(exchange_.inbox_parity(batch_)))) {
+        judge();
+        batch_ += plan_.blocks();
       }
-      const uint32_t unstable = unstable_steps(batch_, steps_of(batch_));
-      if (lane_ == 0) expect(batch_ + plan_.blocks() * sizes_.inbox_batches());
-      __syncwarp();
-      if (lane_ < plan_.blocks()) {
-        send_word(remote_address(&shared_.verdicts[sizes_.ring_place(batch_)], lane_),
-                  verdict_on(batch_, unstable));
-      }
+      take_verdict();
     }
   }
 
@@ -63,6 +63,37 @@ class Judge {
   }
 
  private:
+  __device__ void judge() const {
+    const uint32_t unstable = unstable_steps(batch_, steps_of(batch_));
+    if (lane_ == 0) expect(batch_ + plan_.blocks() * sizes_.inbox_batches());
+    __syncwarp();
+    if (lane_ < plan_.blocks()) {
+      send_word(remote_address(&shared_.verdicts[sizes_.ring_place(batch_)], lane_),
+                verdict_on(batch_, unstable));
+    }
+  }
+
+  // Takes note of the next verdict if it is there. If reading goes on after it, the batch's ring
+  // slots are free as soon as it is folded.
+  __device__ void take_verdict() {
+    const uint32_t verdict = __shfl_sync(~0u, shared_.verdicts[sizes_.ring_place(num_known_)], 0);
+    if ((verdict ^ verdict_on(num_known_, 0)) >> kBatchSteps != 0) return;
+    const int32_t first = num_known_ << sizes_.batch_log2, count = steps_of(num_known_);
+    const int32_t first_row = first_compared_ > first ? first_compared_ - first : 0;
+    const uint32_t stable = ~verdict & ((1u << count) - 1);
+    const int32_t last = patience_.completes_among(stable, first_row, count, params_.patience);
+    ++num_known_;
+    // All that see the last verdict say the same.
+    if (lane_ < plan_.blocks()) {
+      if (last >= 0) {
+        send_word(remote_address(&shared_.stop, lane_), first + last + 1);
+      } else {
+        send_word(remote_address(&shared_.known[rank_], lane_), num_known_);
+      }
+    }
+    if (last >= 0) num_known_ = num_batches_;
+  }
+
   __device__ int32_t steps_of(int32_t batch) const { return sizes_.steps_in(batch, num_steps_); }
   // Of one slice.
   __device__ uint32_t bytes_of(int32_t batch) const {
@@ -137,7 +168,11 @@ class Judge {
   const int32_t num_steps_;
   const int lane_;
   const int32_t num_batches_;
-  int32_t batch_;  // the next one of this thread block
+  const int32_t first_compared_;  // step
+  const int32_t rank_;
+  int32_t batch_;          // the next one of this thread block
+  int32_t num_known_ = 0;  // verdicts that were taken note of
+  PatienceCounter patience_;
 };
 
 }  // namespace art::cuda::sm90

@@ -17,6 +17,7 @@ class Worker {
         exchange_(exchange),
         shared_(shared),
         pairs_((params.group_size + 1) / 2),
+        needs_verdicts_(params.use_stability),
         lane_(threadIdx.x % 32) {
     const int32_t rank = lane_ / kFolders;
     const FolderShare folder(plan, rank, lane_ % kFolders);
@@ -39,13 +40,16 @@ class Worker {
   }
 
  private:
-  // Waits until the ring slot of a step is free in every thread block: each lane looks at one
-  // folding warp.
+  // Waits until the ring slot of a step is free in every thread block: what was there is folded,
+  // and known not to be the end. Each lane looks at one folding warp.
   __device__ bool may_send(int32_t step) const {
     const CudaExchange& sizes = plan_.layout.sizes;
     const int32_t needed = sizes.batch_of(step) + 1 - sizes.ring_batches();
     while (true) {
-      const bool is_free = __all_sync(~0u, !waits_ || shared_.freed[lane_] >= needed);
+      const bool is_folded = !waits_ || shared_.folded[lane_] >= needed;
+      const bool is_known =
+          !needs_verdicts_ || shared_.known[lane_ & (plan_.blocks() - 1)] >= needed;
+      const bool is_free = __all_sync(~0u, is_folded && is_known);
       if (__any_sync(~0u, shared_.stop != 0)) return false;
       if (is_free) return true;
       __nanosleep(32);
@@ -81,6 +85,7 @@ class Worker {
   const Exchange& exchange_;
   Shared& shared_;
   const int32_t pairs_;
+  const bool needs_verdicts_;
   const int lane_;
   bool waits_;  // for the folding warp that this lane looks at
 };
