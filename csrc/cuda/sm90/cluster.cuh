@@ -15,8 +15,10 @@ constexpr int kMaxSharedBytes = 227 << 10;  // of a thread block
 
 template <class T, int kDim, int kHeadTiles>
 struct ClusterShared {
+  static constexpr int kWorkers = num_cluster_workers(kDim);
   static constexpr int kStages = num_cluster_stages(kDim);
-  static_assert(kStages <= kMaxComputingWarps);
+  static constexpr int kProducers = num_cluster_producers(kDim);
+  static_assert(kWorkers <= kMaxComputingWarps && kWorkers % kProducers == 0);
   Stages<kDim, kStages> stages;
   QueryTile<T, kDim, kHeadTiles> query;
   Item item;
@@ -29,10 +31,11 @@ constexpr int kExchangeBytes =
     (kMaxSharedBytes - kSharedAlignment - int{sizeof(ClusterShared<T, kDim, kHeadTiles>)}) / 16 *
     16;
 
-// A computing warp for each stage, the folding ones, and three: one weighs steps, one judges, and
-// one produces.
+// The computing warps, the folding ones, one that weighs steps, one that judges, and the producing
+// ones.
 template <int kDim>
-constexpr int kClusterThreads = 32 * (num_cluster_stages(kDim) + kFolders + 3);
+constexpr int kClusterThreads =
+    32 * (num_cluster_workers(kDim) + kFolders + 2 + num_cluster_producers(kDim));
 
 template <class T, int kDim, int kHeadTiles>
 __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
@@ -43,7 +46,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   __trap();
 #else
   using Shared = ClusterShared<T, kDim, kHeadTiles>;
-  constexpr int kStages = Shared::kStages;
+  constexpr int kWorkers = Shared::kWorkers;
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(aligned(memory));
   const Exchange exchange(plan, reinterpret_cast<unsigned char*>(&shared + 1));
@@ -66,9 +69,9 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   const Item& item = shared.item;
   cluster_arrive_relaxed();
   // Own tiles can be on their way before the others have started.
-  if (warp == kStages + kFolders + 2) {
-    produce(params, maps, item, shared.stages, rank, plan.blocks(),
-            [&] { return shared.exchange.stop != 0; });
+  if (warp >= kWorkers + kFolders + 2) {
+    produce<Shared::kProducers>(params, maps, item, shared.stages, warp - kWorkers - kFolders - 2,
+                                rank, plan.blocks(), [&] { return shared.exchange.stop != 0; });
     __syncwarp();
     cluster_wait();
     cluster_arrive();
@@ -77,9 +80,10 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   }
   cluster_wait();
 
-  if (warp < kStages) {
+  if (warp < kWorkers) {
     Worker<kDim, kHeadTiles> worker(params, plan, exchange, shared.exchange);
-    Consumer<T, kDim, kHeadTiles, kStages> consumer(params, shared.stages, shared.query);
+    Consumer<T, kDim, kHeadTiles, kWorkers, Shared::kStages> consumer(params, shared.stages,
+                                                                      shared.query);
     const int32_t sent = worker.run(consumer, item);
     if (lane < plan.blocks()) {
       send_word(remote_address(&shared.exchange.sent_steps[rank][warp], lane), sent);
@@ -87,22 +91,22 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     __syncwarp();
     cluster_arrive();
     cluster_wait();
-  } else if (warp < kStages + kFolders) {
+  } else if (warp < kWorkers + kFolders) {
     Folder<T, kDim, kHeadTiles> folder(params, plan, exchange, shared.exchange, item, rank,
-                                       warp - kStages);
+                                       warp - kWorkers);
     if (folder.has_work()) folder.run();
     __syncwarp();
     cluster_arrive();
     if (folder.has_work()) folder.write_result(index);
     __syncwarp();
     cluster_wait();
-  } else if (warp == kStages + kFolders) {
+  } else if (warp == kWorkers + kFolders) {
     Weigher<kDim, kHeadTiles> weigher(plan, exchange, shared.exchange, item, rank);
     if (rank < num_slices(kDim)) weigher.run();
     __syncwarp();
     cluster_arrive();
     cluster_wait();
-    if (rank < num_slices(kDim)) weigher.drain(kStages);
+    if (rank < num_slices(kDim)) weigher.drain(kWorkers);
   } else {
     Judge<kDim, kHeadTiles> judge(params, plan, exchange, shared.exchange, item, rank);
     if (params.use_stability) judge.run();

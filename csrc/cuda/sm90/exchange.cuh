@@ -87,12 +87,12 @@ constexpr int max_pending_log2(int head_dim, int head_tiles) {
   return head_dim * head_tiles <= 128 ? 3 : 2;
 }
 
-// Scalars of a batch's steps, [step][pair of heads].
+// Scalars of a batch's steps, of a pair of heads each.
 template <int kHeadTiles>
 struct StepTable {
   float4 factors[kHeadTiles][kBatchSteps][kLanePairs];  // {running, incoming} of both heads
   float4 sums[kHeadTiles][kBatchSteps][kLanePairs];     // {running, mass} of both heads
-  float4 states[kHeadTiles][kBatchSteps][kLanePairs];   // after the step
+  float4 states[kHeadTiles][kBatchSteps][kLanePairs];   // {max, sum} of both, after the step
 };
 
 // What a warp keeps of its values before a batch, until the verdict on it is known.
@@ -105,6 +105,9 @@ struct Snapshot {
 template <int kDim, int kHeadTiles>
 struct ExchangeShared {
   static constexpr int kMaxPending = 1 << max_pending_log2(kDim, kHeadTiles);
+  // Of warps with the same slices the first one keeps snapshots.
+  static constexpr int kMaxLocal = slices_of_block(num_slices(kDim), 2);
+  static constexpr int kKeepers = kMaxLocal < kFolders ? kMaxLocal : kFolders;
 
   Barrier full[kMaxRingBatches];     // results of a batch are here
   Barrier weighed[kMaxRingBatches];  // and so are its scalars
@@ -126,7 +129,7 @@ struct ExchangeShared {
   // What the output of a warp's slice was before each step, [step][row][pair]; the steps lie such
   // that lanes of different steps meet different banks.
   float4 before[kFolders][kBatchSteps][8 * kLanePairs + 4];
-  Snapshot<kDim, kHeadTiles> snapshots[kFolders][kMaxPending];
+  Snapshot<kDim, kHeadTiles> snapshots[kKeepers][kMaxPending];
 
   // By one thread.
   __device__ void init() {

@@ -317,7 +317,7 @@ class Folder {
 
   // Each lane finds again what it left.
   __device__ void save() const {
-    auto& to = shared_.snapshots[number_ % kFolders][sizes_.pending_place(batch_)];
+    auto& to = shared_.snapshots[share_.first >> plan_.blocks_log2][sizes_.pending_place(batch_)];
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
 #pragma unroll
@@ -328,7 +328,8 @@ class Folder {
   // Goes back to the step that ended the item: the results of its batch are still there.
   __device__ void fold_up_to(int32_t last_step) {
     batch_ = sizes_.batch_of(last_step);
-    const auto& from = shared_.snapshots[number_ % kFolders][sizes_.pending_place(batch_)];
+    const auto& from =
+        shared_.snapshots[share_.first >> plan_.blocks_log2][sizes_.pending_place(batch_)];
     const int32_t count = last_step - (batch_ << sizes_.batch_log2) + 1;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {

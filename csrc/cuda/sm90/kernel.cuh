@@ -21,9 +21,18 @@ constexpr int num_stages(int head_dim, int head_tiles) {
 // One thread block of a cluster has a multiprocessor to itself, and 80 to 144 KiB of tiles: more of
 // them would only read further past a stop. With the seven other warps these are twelve at most, so
 // that each may have 168 registers.
-constexpr int num_cluster_stages(int head_dim) {
+constexpr int num_cluster_workers(int head_dim) {
+  if (head_dim <= 64) return 4;
   if (head_dim <= 96) return 5;
   return head_dim <= 128 ? 4 : head_dim <= 192 ? 3 : 2;
+}
+// One warp produces a step in 0.6 us (H100), too slowly where steps are small. With two of them,
+// each must have computing warps of its own: when it ends, nobody empties their stages any more.
+constexpr int num_cluster_producers(int head_dim) {
+  return num_cluster_workers(head_dim) % 2 == 0 ? 2 : 1;
+}
+constexpr int num_cluster_stages(int head_dim) {
+  return num_cluster_workers(head_dim) * (head_dim <= 64 ? 2 : 1);
 }
 
 __device__ inline unsigned char* aligned(unsigned char* memory) {

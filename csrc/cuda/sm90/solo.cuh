@@ -48,7 +48,8 @@ class SoloConsumer {
 
   __device__ void run() {
     if (item_.steps.num_steps == 0 && warp_ == 0) write_result(0, -1);
-    Consumer<T, kDim, kHeadTiles, kConsumers> consumer(params_, shared_.stages, shared_.query);
+    Consumer<T, kDim, kHeadTiles, kConsumers, kConsumers> consumer(params_, shared_.stages,
+                                                                   shared_.query);
     const int next = (warp_ + 1) % kConsumers;
     for (uint32_t round = 0;; round ^= 1) {
       Partial<kDim, kHeadTiles> partial;
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
                     threadIdx.x, kThreads);
   __syncthreads();
   if (threadIdx.x / 32 == Shared::kConsumers) {
-    produce(params, maps, item, shared.stages, 0, 1, [&] { return shared.is_finished; });
+    produce<1>(params, maps, item, shared.stages, 0, 0, 1, [&] { return shared.is_finished; });
     return;
   }
   if (threadIdx.x == 0) {

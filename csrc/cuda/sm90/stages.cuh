@@ -90,9 +90,10 @@ class Producer {
              params_.value.head_stride == 0 ? 0 : item.kv_head, page, policy_);
   }
 
-  // Tells every consumer that nothing follows.
-  __device__ void finish() {
-    for (int stage = 0; stage < kStages; ++stage) {
+  // Tells the consumers of every kProducers-th stage that nothing follows.
+  template <int kProducers>
+  __device__ void finish(int first_stage) {
+    for (int stage = first_stage; stage < kStages; stage += kProducers) {
       wait_for(stage);
       rounds_ ^= 1u << stage;
       if (threadIdx.x % 32 != 0) continue;
@@ -109,17 +110,21 @@ class Producer {
   uint32_t rounds_ = 0;  // a bit for each stage: how often it was filled, modulo two
 };
 
-// Fills the stages with steps first, first + stride, ... of an item, until it `is_finished()`. A
-// step's tiles go through the stage of one consuming warp; steps take the warps in turn.
-template <int kDim, int kStages, class IsFinished>
+// Fills the stages with steps first, first + stride, ... of an item, until it `is_finished()`. All
+// tiles of a step go through one stage; steps take the stages in turn. Several producers, of number
+// 0 and up, take the steps and with them the stages in turn.
+template <int kProducers, int kDim, int kStages, class IsFinished>
 __device__ void produce(const DecodeParams& params, const Maps& maps, const Item& shared_item,
-                        Stages<kDim, kStages>& stages, int32_t first, int32_t stride,
+                        Stages<kDim, kStages>& stages, int number, int32_t first, int32_t stride,
                         const IsFinished& is_finished) {
+  static_assert(kStages % kProducers == 0);
   constexpr int kFound = 32 / kBoxes;  // tiles whose boxes the warp finds at once
   // It looks at most of the item again and again, and has the registers.
   const Item item = shared_item;
   const int32_t per_step = maps.tiles_per_step.divisor;
   const int lane = threadIdx.x % 32;
+  first += number * stride;
+  stride *= kProducers;
   const auto find = [&](int32_t first_tile) {
     const int32_t tile = first_tile + lane / kBoxes, turn = maps.tiles_per_step.quotient(tile);
     return find_box(params, maps, item, first + turn * stride, tile - turn * per_step,
@@ -128,7 +133,7 @@ __device__ void produce(const DecodeParams& params, const Maps& maps, const Item
   Producer<kDim, kStages> producer(params, maps, stages);
   Box found = {}, next = find(0);
   int32_t tile = 0;
-  int stage = 0;
+  int stage = number;
   bool ends = false;
   for (int32_t step = first; step < item.steps.num_steps && !ends; step += stride) {
     for (int32_t i = 0; i < per_step && !ends; ++i, ++tile) {
@@ -145,14 +150,16 @@ __device__ void produce(const DecodeParams& params, const Maps& maps, const Item
       ends = __any_sync(~0u, is_finished());
       if (!ends) producer.fill(stage, item, step, box);
     }
-    stage = stage + 1 < kStages ? stage + 1 : 0;
+    stage = stage + kProducers < kStages ? stage + kProducers : number;
   }
-  producer.finish();
+  producer.template finish<kProducers>(number);
 }
 
-// A consuming warp's view of its stage.
-template <class T, int kDim, int kHeadTiles, int kStages>
+// A consuming warp's view of its stages, of which every kWarps-th one is its own.
+template <class T, int kDim, int kHeadTiles, int kWarps, int kStages>
 class Consumer {
+  static_assert(kStages % kWarps == 0);
+
  public:
   __device__ Consumer(const DecodeParams& params, Stages<kDim, kStages>& stages,
                       const QueryTile<T, kDim, kHeadTiles>& query)
@@ -170,8 +177,8 @@ class Consumer {
     int32_t step = 0;
     tokens = 0;
     for (int32_t i = 0; i < num_tiles_ && step >= 0; ++i) {
-      stages_.full[stage_].wait(round_);
-      round_ ^= 1;
+      stages_.full[stage_].wait(rounds_ >> stage_ & 1);
+      rounds_ ^= 1u << stage_;
       const TileInfo& info = stages_.info[stage_];
       step = info.step;
       // Asked once for all lanes: the answer may change at any time.
@@ -183,6 +190,7 @@ class Consumer {
       __syncwarp();
       if (threadIdx.x % 32 == 0) stages_.empty[stage_].arrive();
     }
+    if (kStages > kWarps) stage_ = stage_ + kWarps < kStages ? stage_ + kWarps : threadIdx.x / 32;
     return step;
   }
 
@@ -191,8 +199,8 @@ class Consumer {
   const QueryTile<T, kDim, kHeadTiles>& query_;
   const TileAttention<T, kDim, kHeadTiles> attention_;
   const int32_t num_tiles_;
-  const int stage_;
-  uint32_t round_ = 0;
+  int stage_;
+  uint32_t rounds_ = 0;  // a bit for each stage: how often it was emptied, modulo two
 };
 
 }  // namespace art::cuda::sm90
