@@ -6,8 +6,8 @@
 
 Needs no environment of its own: any Python with torch, pytest and what builds the package. With
 pytest-xdist the tests run side by side. Results go to `benchmarks/results/tests-<device>.json`
-and, as a table, to the `.md` file beside it; each of the two runs leaves the other's part as it is,
-if that is of the same commit and the same versions.
+and, as a table, to the `.md` file beside it. What is there of the same commit and the same versions
+stays: the part of the other of the two runs, and tests, if they were in other files.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def read_report(path: Path) -> Part:
     """Counts, failures and figures of a JUnit report."""
     totals, skips = Counter[str](), Counter[str]()
     by_file: dict[str, dict[str, float]] = {}
-    failures, figures = [], []
+    failures: list[str] = []
+    figures: dict[str, list[str]] = {}
     for case in ElementTree.parse(path).iter("testcase") if path.exists() else ():
         file = case.get("classname", "") or case.get("name", "")
         outcome = "passed"
@@ -171,7 +172,9 @@ def read_report(path: Path) -> Part:
         row = by_file.setdefault(file, {"seconds": 0.0})
         row[outcome] = row.get(outcome, 0) + 1
         row["seconds"] = round(row["seconds"] + float(case.get("time", 0)), 3)
-        figures += [p.get("value") for p in case.iter("property") if p.get("name") == "figure"]
+        for found in case.iter("property"):
+            if found.get("name") == "figure":
+                figures.setdefault(file, []).append(found.get("value", ""))
     return {
         **{name: totals[name] for name in ("passed", "failed", "errors", "skipped")},
         "by_file": dict(sorted(by_file.items())),
@@ -255,7 +258,7 @@ def table(results: Part) -> str:
             cells = (row.get("passed", 0), failed, row.get("skipped", 0), f"{row['seconds']:.1f}")
             lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
         lines += ["", *(f"- skipped, {n}: {why}" for why, n in tests["skip_reasons"].items())]
-        lines += [f"- {figure}" for figure in tests["figures"]]
+        lines += [f"- {figure}" for some in tests["figures"].values() for figure in some]
     if sanitizer := results.get("sanitizer"):
         lines.append(
             "\n| compute-sanitizer | script | result | summary |\n| --- | --- | --- | --- |"
@@ -264,6 +267,27 @@ def table(results: Part) -> str:
             lines.append(f"| {run['tool']} | `{run['script']}` | {run['result']} | "
                          f"{run['summary'] or ''} |")  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def with_files_of(before: Part, part: Part) -> Part:
+    """Test results, with those of an earlier run if that was one of other test files."""
+    mine, others = part["by_file"], before["by_file"]
+    if mine.keys() & others.keys():  # the same tests again
+        return part
+    totals = {
+        name: part[name] + sum(row.get(name, 0) for row in others.values())
+        for name in ("passed", "failed", "errors", "skipped")
+    }
+    return {
+        **part,
+        **totals,
+        "duration_s": round(part["duration_s"] + before["duration_s"], 1),
+        "arguments": [before["arguments"], part["arguments"]],
+        "by_file": dict(sorted({**mine, **others}.items())),
+        "skip_reasons": dict(Counter(before["skip_reasons"]) + Counter(part["skip_reasons"])),
+        "failures": before["failures"] + part["failures"],
+        "figures": {**before["figures"], **part["figures"]},
+    }
 
 
 def write(head: Part, name: str, part: Part, folder: Path) -> Path:
@@ -276,6 +300,8 @@ def write(head: Part, name: str, part: Part, folder: Path) -> Path:
             before = json.loads(place.read_text(encoding="utf-8"))
             if all(before.get(key) == value for key, value in head.items()):
                 results |= {key: before[key] for key in ("tests", "sanitizer") if key in before}
+    if name == "tests" and "tests" in results:
+        part = with_files_of(results["tests"], part)
     results[name] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), **part}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

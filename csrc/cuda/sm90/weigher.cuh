@@ -38,13 +38,7 @@ class Weigher {
       if (lane_ == 0) expect(batch_ + sizes_.ring_batches());
       StepTable<kHeadTiles>& table = shared_.tables[sizes_.ring_place(batch_)];
 #pragma unroll
-      for (int ht = 0; ht < kHeadTiles; ++ht) {
-        if (2 * plan_.layout.pairs <= kLanePairs) {
-          weigh<1>(ht, table);
-        } else {
-          weigh<2>(ht, table);
-        }
-      }
+      for (int ht = 0; ht < kHeadTiles; ++ht) weigh(ht, table);
       __syncwarp();
       if (lane_ == 0) shared_.weighed[sizes_.ring_place(batch_)].arrive();
     }
@@ -73,22 +67,20 @@ class Weigher {
     shared_.full[sizes_.ring_place(batch)].arrive_and_expect(steps_of(batch) * step_bytes_);
   }
 
-  // Each row of lanes forms the scalars of its step; a lane those of one pair of heads, or of one
-  // head where four lanes are enough for all. Rows past the end of the batch change nothing.
-  template <int kHeads>
+  // Each row of lanes forms the scalars of its step, for the heads of one pair. Rows past the end
+  // of the batch change nothing.
   __device__ void weigh(int ht, StepTable<kHeadTiles>& table) {
-    using Scalars = HeadScalars<kHeads>;
-    const int pair = kLanePairs * ht + kHeads * (lane_ % 4) / 2;
+    const int pair = kLanePairs * ht + lane_ % 4;
     const bool exists = row_ < steps_of(batch_) && pair < plan_.layout.pairs;
-    const float4* tile = exchange_.states((batch_ << sizes_.batch_log2) + row_, kLanePairs * ht);
-    Scalars sent = {};
-    if (exists) sent = own<kHeads>(tile);
-    Scalars factors, sums, after;
+    const float4 sent = exists ? *exchange_.states((batch_ << sizes_.batch_log2) + row_, pair)
+                               : make_float4(-INFINITY, 0.0f, -INFINITY, 0.0f);
+    const SoftmaxState incoming[2] = {{sent.x, sent.y}, {sent.z, sent.w}};
+    SoftmaxState after[2];
+    FoldFactors factors[2];
 #pragma unroll
-    for (int head = 0; head < kHeads; ++head) {
-      const float incoming = exists ? sent.of[head].x : -INFINITY;
-      const float before = states_[ht][head].max;
-      float max = incoming;
+    for (int column = 0; column < 2; ++column) {
+      const float before = states_[ht][column].max;
+      float max = incoming[column].max;
 #pragma unroll
       for (int other = 4; other <= 16; other *= 2) {
         const float earlier = __shfl_up_sync(~0u, max, other);
@@ -98,44 +90,30 @@ class Weigher {
       const float last = __shfl_up_sync(~0u, max, 4);
       // We don't want (-inf) - (-inf), since that would give NaN.
       const float reference = max == -INFINITY ? 0.0f : max;
-      const float running = expf((row_ == 0 ? before : last) - reference);
-      const float factor = expf(incoming - reference);
-      factors.of[head] = make_float2(running, factor);
-      sums.of[head] = make_float2(running, sent.of[head].y * factor);
-      after.of[head] = make_float2(max, states_[ht][head].sum);
+      factors[column] = {expf((row_ == 0 ? before : last) - reference),
+                         expf(incoming[column].max - reference)};
+      after[column] = {max, states_[ht][column].sum};
     }
-    own<kHeads>(table.factors[ht][row_]) = factors;
-    own<kHeads>(table.sums[ht][row_]) = sums;
+    table.factors[ht][row_][lane_ % 4] = make_float4(factors[0].running, factors[0].incoming,
+                                                     factors[1].running, factors[1].incoming);
+    table.sums[ht][row_][lane_ % 4] =
+        make_float4(factors[0].running, incoming[0].sum * factors[0].incoming, factors[1].running,
+                    incoming[1].sum * factors[1].incoming);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kBatchSteps; ++i) {
-      const Scalars part = own<kHeads>(table.sums[ht][i]);
-#pragma unroll
-      for (int head = 0; head < kHeads; ++head) {
-        float& sum = after.of[head].y;
-        if (i <= row_) sum = fmaf(sum, part.of[head].x, part.of[head].y);
-      }
+      const float4 part = table.sums[ht][i][lane_ % 4];
+      if (i > row_) continue;
+      after[0].sum = fmaf(after[0].sum, part.x, part.y);
+      after[1].sum = fmaf(after[1].sum, part.z, part.w);
     }
-    own<kHeads>(table.states[ht][row_]) = after;
+    table.states[ht][row_][lane_ % 4] =
+        make_float4(after[0].max, after[0].sum, after[1].max, after[1].sum);
 #pragma unroll
-    for (int head = 0; head < kHeads; ++head) {
-      states_[ht][head] = {__shfl_sync(~0u, after.of[head].x, 28 + lane_ % 4),
-                           __shfl_sync(~0u, after.of[head].y, 28 + lane_ % 4)};
+    for (int column = 0; column < 2; ++column) {
+      states_[ht][column] = {__shfl_sync(~0u, after[column].max, 28 + lane_ % 4),
+                             __shfl_sync(~0u, after[column].sum, 28 + lane_ % 4)};
     }
-  }
-
-  // What a lane has of a row of pairs.
-  template <int kHeads>
-  struct alignas(8 * kHeads) HeadScalars {
-    float2 of[kHeads];
-  };
-  template <int kHeads>
-  __device__ HeadScalars<kHeads>& own(float4* pairs) const {
-    return reinterpret_cast<HeadScalars<kHeads>*>(pairs)[lane_ % 4];
-  }
-  template <int kHeads>
-  __device__ const HeadScalars<kHeads>& own(const float4* pairs) const {
-    return reinterpret_cast<const HeadScalars<kHeads>*>(pairs)[lane_ % 4];
   }
 
   const ClusterPlan& plan_;
@@ -145,9 +123,9 @@ class Weigher {
   const int32_t num_steps_;
   const int lane_, row_;
   const int32_t num_batches_;
-  const uint32_t step_bytes_;           // of one step's result for this thread block
-  int32_t batch_ = 0;                   // the next one to be waited for
-  SoftmaxState states_[kHeadTiles][2];  // of the lane's heads, after the batch before
+  const uint32_t step_bytes_;  // of one step's result for this thread block
+  int32_t batch_ = 0;          // the next one to be waited for
+  SoftmaxState states_[kHeadTiles][2];
 };
 
 }  // namespace art::cuda::sm90
