@@ -143,8 +143,9 @@ def encode_keys(
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape or a value out of range.
     """
-    batch, (num_kv_heads, head_dim) = seq_lens.shape[0], key_cache.shape[2:]
     check_keys(key_cache)
+    batch = seq_lens.shape[0] if seq_lens.ndim else 0
+    num_kv_heads, head_dim = key_cache.shape[2:]
     check_tables(key_cache, batch, block_table, seq_lens, None)
     check_codes(key_codes, code_table, key_cache, block_table, record_bytes(head_dim), coded_lens)
     for b in range(batch):

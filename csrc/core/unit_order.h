@@ -27,7 +27,7 @@ ART_HD int16_t quantise_steps(float steps) {
 }
 
 // round(2^31 * 2^(-fraction / 64))
-ART_HD uint32_t power_of_fraction(int32_t fraction) {
+ART_HD uint32_t power_of_fraction(uint32_t fraction) {
   static constexpr uint32_t kPowers[64] = {
       0x80000000u, 0x7e9f0606u, 0x7d41d96eu, 0x7be86fbau, 0x7a92be8bu, 0x7940bb9eu, 0x77f25cceu,
       0x76a7980fu, 0x75606374u, 0x741cb528u, 0x72dc8374u, 0x719fc4b9u, 0x70666f76u, 0x6f307a41u,
@@ -44,7 +44,7 @@ ART_HD uint32_t power_of_fraction(int32_t fraction) {
 }
 
 // 2^(31 - below / 64), rounded down: the weight of a unit that many steps below the largest.
-ART_HD uint64_t mass_below(int32_t below) {
+ART_HD uint64_t mass_below(uint32_t below) {
   return below >= 32 * 64 ? 0 : power_of_fraction(below % 64) >> below / 64;
 }
 
@@ -60,7 +60,7 @@ ART_HD int32_t steps_of_mass(uint64_t mass) {
 }
 
 ART_HD int32_t bucket_of(int32_t score, int32_t best) {
-  const int32_t bucket = (best - score) / kBucketSteps;
+  const int32_t bucket = static_cast<uint32_t>(best - score) / kBucketSteps;
   return bucket < kNumBuckets ? bucket : kNumBuckets - 1;
 }
 

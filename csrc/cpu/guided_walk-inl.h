@@ -1,10 +1,11 @@
 // Log-sum-exp of units of 16 tokens, estimated from key codes, for one KV head and all its query
 // heads. Included by each SIMD target inside its own namespace, after decode_attention-inl.h.
 //
-// A code stands for zero + scale * code, so <q, key> = <q, zero> + <q * scale, code>: the first is
-// one dot product a group, the second has small whole numbers for keys. 16-bit fields of a line
-// hold four channels of token t and four of t + 8; with queries in the same order, neighbouring
-// fields are neighbouring vector lanes.
+// A code c stands for zero + scale * c. With the bits of c right below the exponent of 1.0 it reads
+// 1 + c / 4, without a conversion; so <q, key> = <q, zero - 4 scale> + <q * 4 scale, 1 + c / 4>:
+// one dot product a group, and one a token with numbers that a shift and a mask make. 16-bit fields
+// of a line hold four channels of token t and four of t + 8; with queries in the same order,
+// neighbouring fields are neighbouring vector lanes.
 
 namespace {
 
@@ -26,7 +27,8 @@ void order_query(const DecodeParams& params, const CodeLayout& layout, const flo
   }
 }
 
-// Multiplies the queries of a group by its scales. Returns their products with its zeros.
+// Multiplies queries by the scales of a group. Also gives the part of all scores that the codes
+// have no influence on.
 void scale_query(const CodeLayout& layout, const uint8_t* record, int32_t num_heads,
                  const float* query, float* scaled, float* offsets) {
   const int32_t line = 4 * layout.steps, fields = padded_fields(layout);
@@ -39,9 +41,9 @@ void scale_query(const CodeLayout& layout, const uint8_t* record, int32_t num_he
     for (int32_t place = 0; place < kPlaces; ++place) {
       const int32_t at = (h * kPlaces + place) * fields;
       for (int32_t i = 0; i < line; i += kLanes) {
-        const VecF q = load(query + at + i);
-        store(scaled + at + i, q * load(scales + place * line + i));
-        sum += q * load(zeros + place * line + i);
+        const VecF q = load(query + at + i), scale = load(scales + place * line + i) * 4.0f;
+        store(scaled + at + i, q * scale);
+        sum += q * (load(zeros + place * line + i) - scale);
       }
     }
     offsets[h] = reduce_add(sum);
@@ -75,8 +77,8 @@ ART_INLINE void score_unit(const CodeLayout& layout, const uint8_t* unit, const 
         }
 #pragma GCC unroll 16
         for (int t = 0; t < 2 * kLines; ++t) {
-          const VecU code = field[t % kLines] >> (t / kLines * 8 + 2 * place) & kMaxCode;
-          const VecF number = __builtin_convertvector((VecI)code, VecF);
+          const VecU code = field[t % kLines] << (21 - 2 * place - t / kLines * 8);
+          const VecF number = bit_cast<VecF>((code & 0x00600000) | 0x3f800000);
 #pragma GCC unroll 16
           for (int h = 0; h < kHeads; ++h) sums[h * 2 * kLines + t] += number * query[h];
         }
@@ -198,6 +200,12 @@ void score_units(const GuidedParams& guided, const Item& item, GuidedScratch& sc
   const GroupRange groups = coded_groups(item.visible);
   for (int32_t group = groups.begin; group < groups.end; ++group) {
     const uint8_t* record = record_of(guided.codes, table[group], item.kv_head);
+    if (group + 1 < groups.end) {
+      const uint8_t* next = record_of(guided.codes, table[group + 1], item.kv_head);
+      for (int32_t at = 0; at < layout.record_bytes(); at += 64) {
+        __builtin_prefetch(next + at, 0, 2);
+      }
+    }
     score_group(params, layout, record, scratch);
     reduce_units(params, item, group * kGroupTokens, stride, first_unit, scratch);
   }

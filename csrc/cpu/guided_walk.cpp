@@ -29,9 +29,9 @@ GuidedScratch take_scratch(const GuidedParams& params, Arena& arena) {
 
 // Log-sum-exp of all units of one query head, and of its sink, in steps.
 int32_t total_steps(const int16_t* unit_lse, int32_t num_units, const float* sink) {
-  int32_t largest = *std::max_element(unit_lse, unit_lse + num_units);
-  const int32_t sink_steps = sink == nullptr ? 0 : quantise_steps(*sink * kStepsPerNat);
-  if (sink != nullptr) largest = std::max(largest, sink_steps);
+  const int16_t sink_steps = sink == nullptr ? kLeastSteps : quantise_steps(*sink * kStepsPerNat);
+  int16_t largest = sink_steps;  // a plain loop becomes vectors, std::max_element does not
+  for (int32_t u = 0; u < num_units; ++u) largest = std::max(largest, unit_lse[u]);
   uint64_t mass = sink == nullptr ? 0 : mass_below(largest - sink_steps);
   for (int32_t u = 0; u < num_units; ++u) mass += mass_below(largest - unit_lse[u]);
   return largest + steps_of_mass(mass);
