@@ -3,9 +3,9 @@
 // so that all devices write the same bytes.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
+#include "core/bits.h"
 #include "core/macros.h"
 
 namespace art {
@@ -54,11 +54,11 @@ struct CodeLayout {
 
 // To float16, to nearest even; |x| is at most kLargestHalf.
 ART_HD uint16_t half_of(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t bits = bits_of(x);
   const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude < 0x38800000) {  // subnormal: float addition rounds at 2^-24
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000));
+    const float shifted = float_of_bits(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bits_of(shifted) - 0x3f000000));
   }
   const uint32_t rounded = magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1);
   return static_cast<uint16_t>(sign | rounded >> 13);
@@ -67,8 +67,8 @@ ART_HD uint16_t half_of(float x) {
 ART_HD float float_of(uint16_t half) {
   const uint32_t sign = uint32_t{half} >> 15 << 31, magnitude = half & 0x7fff;
   // The exponent bias is 112 larger in float; the product is exact, also for subnormals.
-  const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
+  const float value = float_of_bits(magnitude << 13) * 0x1p112f;
+  return float_of_bits(bits_of(value) | sign);
 }
 
 // Correctly rounded whatever the compiler was told about divisions.
@@ -106,7 +106,7 @@ ART_HD uint32_t code_of(float x, float zero, float scale) {
   const float steps = divide(x - zero, scale);
   const float lower = steps < 0.0f ? 0.0f : steps;
   const float clamped = lower > static_cast<float>(kMaxCode) ? static_cast<float>(kMaxCode) : lower;
-  const uint32_t code = std::bit_cast<uint32_t>(clamped + 0x1p23f) & kMaxCode;
+  const uint32_t code = bits_of(clamped + 0x1p23f) & kMaxCode;
   return scale == 0.0f ? 0 : code;
 }
 

@@ -2,10 +2,10 @@
 // the device changes a rank. Logarithms count steps of 1/64 to base 2.
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <cstdint>
 
+#include "core/bits.h"
 #include "core/key_codes.h"
 #include "core/macros.h"
 #include "core/walk.h"
@@ -50,7 +50,7 @@ ART_HD uint64_t mass_below(uint32_t below) {
 
 // 64 * log2(mass / 2^31), rounded; mass >= 2^31.
 ART_HD int32_t steps_of_mass(uint64_t mass) {
-  const int32_t exponent = 63 - std::countl_zero(mass);
+  const int32_t exponent = highest_bit(mass);
   // To the nearest step: half a step more, and then down to a whole one.
   constexpr uint64_t kHalfStep = 0x80b1ed50;  // 2^31 * 2^(1/128)
   const uint64_t scaled = (mass >> (exponent - 31)) * kHalfStep >> 31;

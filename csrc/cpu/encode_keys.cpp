@@ -1,10 +1,15 @@
+// Comparisons may be evaluated for both outcomes: no value depends on it, and loops become vectors.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math")
+#endif
+
 #include "cpu/encode_keys.h"
 
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
+#include "core/bits.h"
 #include "core/coded_groups.h"
 #include "core/key_codes.h"
 
@@ -25,7 +30,7 @@ float value_of(const char* element, std::integral_constant<DType, DType::kFloat3
 float value_of(const char* element, std::integral_constant<DType, DType::kBFloat16>) {
   uint16_t bits;
   std::memcpy(&bits, element, sizeof(bits));
-  return std::bit_cast<float>(uint32_t{bits} << 16);
+  return float_of_bits(uint32_t{bits} << 16);
 }
 
 float value_of(const char* element, std::integral_constant<DType, DType::kFloat16>) {
@@ -51,9 +56,15 @@ void load_keys(const DecodeParams& cache, int32_t batch, int32_t head, int32_t g
     const char* key =
         keys + (page * cache.key.page_stride + offset * cache.key.token_stride) * kSize;
     float* row = result.keys[t];
-    for (int32_t d = 0; d < cache.head_dim; ++d) {
-      row[d] = encodable(
-          value_of(key + d * cache.key.dim_stride * kSize, std::integral_constant<DType, dtype>()));
+    const std::integral_constant<DType, dtype> kind;
+    if (cache.key.dim_stride == 1) {  // apart, so that it becomes vectors
+      for (int32_t d = 0; d < cache.head_dim; ++d) {
+        row[d] = encodable(value_of(key + d * kSize, kind));
+      }
+    } else {
+      for (int32_t d = 0; d < cache.head_dim; ++d) {
+        row[d] = encodable(value_of(key + d * cache.key.dim_stride * kSize, kind));
+      }
     }
     for (int32_t d = cache.head_dim; d < layout.channels(); ++d) row[d] = 0.0f;
   }
@@ -91,12 +102,16 @@ void write_record(const Group& group, const CodeLayout& layout, uint8_t* record)
     zero[d] = float_of(grid.zero);
     scale[d] = float_of(grid.scale);
   }
-  std::memset(record, 0, layout.scales_at());
   for (int32_t t = 0; t < kGroupTokens; ++t) {
     uint32_t codes[kMaxCodeChannels];
     for (int32_t d = 0; d < channels; ++d) codes[d] = code_of(group.keys[t][d], zero[d], scale[d]);
-    for (int32_t d = 0; d < channels; ++d) {
-      record[layout.byte(t, d)] |= codes[d] << CodeLayout::shift(d);
+    for (int32_t lane = 0; lane < 4; ++lane) {
+      // The four channels of a byte: two neighbours, and those 8 further.
+      uint8_t* byte = record + layout.byte(t, 2 * lane);
+      for (int32_t step = 0; step < layout.steps; ++step) {
+        const uint32_t* c = codes + 16 * step + 2 * lane;
+        byte[2 * step] = c[0] | c[1] << 2 | c[8] << 4 | c[9] << 6;
+      }
     }
   }
 }
