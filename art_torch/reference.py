@@ -37,7 +37,8 @@ from art_torch._reference_checks import (
     check_walk,
     thresholds_of,
 )
-from art_torch._reference_guided import GuidedWalk, decode_keys, encode_keys, guided_walk
+from art_torch._reference_codes import decode_keys, encode_keys
+from art_torch._reference_guided import GuidedWalk, guided_walk
 
 if TYPE_CHECKING:
     from art_torch.criterion import Stability

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from art_torch import append_kv, encode_keys, key_code_bytes, reference
-from art_torch._reference_guided import encode_group
+from art_torch._reference_codes import encode_group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 by_name = {"ids": lambda case: case.name}

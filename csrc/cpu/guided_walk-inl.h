@@ -162,8 +162,9 @@ void reduce_units(const DecodeParams& params, const Item& item, int32_t origin, 
       const int32_t before = tokens.begin - unit * kUnitTokens;
       for (int32_t t = 0; t < before; ++t) of_unit[t] = -__builtin_inff();
       const SoftmaxState state = exponentiate(of_unit, before + tokens.size());
-      scratch.unit_max[g * unit_stride + unit - first_unit] = state.max;
-      scratch.unit_sum[g * unit_stride + unit - first_unit] = state.sum;
+      const int64_t at = int64_t{g} * unit_stride + (unit - first_unit);
+      scratch.unit_max[at] = state.max;
+      scratch.unit_sum[at] = state.sum;
     }
   }
 }
@@ -216,7 +217,7 @@ void score_units(const GuidedParams& guided, const Item& item, GuidedScratch& sc
   }
   for (int32_t g = 0; g < params.group_size; ++g) {
     for (int32_t u = 0; u < item.walk.num_units; u += kLanes) {
-      const int32_t at = g * stride + u;
+      const int64_t at = int64_t{g} * stride + u;
       VecF steps = load(scratch.unit_max + at) * kStepsPerNat;
       steps += log2_of(load(scratch.unit_sum + at)) * 64.0f;
       for (int i = 0; i < kLanes; ++i) scratch.unit_lse[at + i] = quantise_steps(steps[i]);
