@@ -14,6 +14,7 @@ constexpr int32_t kGroupTokens = 64;  // tokens that share a scale and a zero in
 constexpr int32_t kUnitTokens = 16;   // rows of a tensor-core tile, and tokens of a walk's unit
 constexpr int32_t kGroupUnits = kGroupTokens / kUnitTokens;
 constexpr int32_t kMaxCode = 3;
+constexpr int32_t kPlaces = 4;  // channels that share a byte
 constexpr int32_t kMaxCodeChannels = 256;
 constexpr float kLargestHalf = 65504.0f;
 

@@ -50,8 +50,6 @@ struct GuidedScratch {
   int16_t* unit_lse;  // [group_size, padded max_units]: in steps, see core/unit_order.h
 };
 
-constexpr int32_t kPlaces = 4;  // channels that share a field
-
 struct Kernels {
   const char* target;
   void (*load_query)(const DecodeParams& params, const Item& item, Scratch& scratch);
