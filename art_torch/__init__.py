@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from art_torch import reference
 from art_torch.criterion import Stability
+from art_torch.guided import GuidedWalk, encode_keys, guided_walk, key_code_bytes
 from art_torch.ops import DecodeResult, append_kv, decode_attention
 
 if TYPE_CHECKING:
@@ -18,9 +19,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ARTCache",
     "DecodeResult",
+    "GuidedWalk",
     "Stability",
     "append_kv",
     "decode_attention",
+    "encode_keys",
+    "guided_walk",
+    "key_code_bytes",
     "patch",
     "reference",
 ]

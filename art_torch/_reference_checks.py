@@ -47,26 +47,54 @@ def check_tensors(
 ) -> None:
     """Check dtypes, shapes and lengths."""
     _require(query.ndim == 3, f"query must be [B, Hq, D], got {list(query.shape)}")
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        _require_dtype(name, cache, query.dtype)
-        _require(cache.ndim == 4, f"{name} must be [P, page_size, Hkv, D], got {list(cache.shape)}")
-        dim = cache.shape[-1]
-        _require(
-            dim % 8 == 0 and 32 <= dim <= 256,
-            f"the last dimension of {name} must be a multiple of 8 from 32 to 256, got {dim}",
-        )
+    _check_cache("key_cache", key_cache)
+    _check_cache("value_cache", value_cache)
+    check_query(query, key_cache)
+    _require_dtype("value_cache", value_cache, query.dtype)
+    _require_shape("value_cache", value_cache, [*key_cache.shape[:3], value_cache.shape[-1]])
+    check_tables(key_cache, query.shape[0], block_table, seq_lens, seq_starts)
+
+
+def check_keys(key_cache: Tensor) -> None:
+    """Check a cache of keys alone."""
+    _check_cache("key_cache", key_cache)
+    if not key_cache.dtype.is_floating_point:
+        raise TypeError(f"key_cache must have a floating dtype, got {key_cache.dtype}")
+
+
+def _check_cache(name: str, cache: Tensor) -> None:
+    _require(cache.ndim == 4, f"{name} must be [P, page_size, Hkv, D], got {list(cache.shape)}")
+    dim = cache.shape[-1]
+    _require(
+        dim % 8 == 0 and 32 <= dim <= 256,
+        f"the last dimension of {name} must be a multiple of 8 from 32 to 256, got {dim}",
+    )
+    _require(cache.shape[1] > 0, "page_size must be at least 1, got 0")
+
+
+def check_query(query: Tensor, key_cache: Tensor) -> None:
+    """Check a query against its keys."""
+    _require(query.ndim == 3, f"query must be [B, Hq, D], got {list(query.shape)}")
+    _require_dtype("key_cache", key_cache, query.dtype)
     if not query.dtype.is_floating_point:
         raise TypeError(f"query must have a floating dtype, got {query.dtype}")
-    batch, num_q_heads, head_dim = query.shape
-    num_pages, page_size, num_kv_heads, _ = key_cache.shape
-    _require_shape("value_cache", value_cache, [*key_cache.shape[:3], value_cache.shape[-1]])
-    _require_shape("key_cache", key_cache, [num_pages, page_size, num_kv_heads, head_dim])
+    num_q_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
+    _require_shape("key_cache", key_cache, [*key_cache.shape[:3], query.shape[2]])
     _require(
         num_kv_heads > 0 and num_q_heads % num_kv_heads == 0,
         f"Hq must be a multiple of Hkv, got {num_q_heads} and {num_kv_heads}",
     )
-    _require(page_size > 0, "page_size must be at least 1, got 0")
 
+
+def check_tables(
+    key_cache: Tensor,
+    batch: int,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None,
+) -> None:
+    """Check block tables and lengths."""
+    page_size, num_kv_heads = key_cache.shape[1:3]
     max_pages = block_table.shape[-1] if block_table.ndim else 0
     _require_int32("block_table", block_table, [batch, max_pages], [batch, num_kv_heads, max_pages])
     _require_int32("seq_lens", seq_lens, [batch], [batch, num_kv_heads])
@@ -74,6 +102,29 @@ def check_tensors(
     starts = torch.zeros(batch, dtype=torch.int32) if seq_starts is None else seq_starts
     _require_int32("seq_starts", starts, [batch])
     _require_range("seq_starts", starts, 0, 2**31 - 1)
+
+
+def check_codes(
+    key_codes: Tensor,
+    code_table: Tensor,
+    key_cache: Tensor,
+    block_table: Tensor,
+    record_bytes: int,
+    coded_lens: Tensor | None,
+) -> None:
+    """Check a pool of key codes and its table."""
+    batch, max_pages = block_table.shape[0], block_table.shape[-1]
+    page_size, num_kv_heads = key_cache.shape[1:3]
+    num_code_pages = key_codes.shape[0] if key_codes.ndim else 0
+    _require_dtype("key_codes", key_codes, torch.uint8)
+    _require_shape("key_codes", key_codes, [num_code_pages, num_kv_heads, record_bytes])
+    width = code_table.shape[-1] if code_table.ndim else 0
+    _require_int32("code_table", code_table, [batch, width], [batch, num_kv_heads, width])
+    needed = max_pages * page_size // 64
+    _require(width >= needed, f"code_table must have at least {needed} entries a row, got {width}")
+    if coded_lens is not None:
+        _require_int32("coded_lens", coded_lens, [batch], [batch, num_kv_heads])
+        _require_range("coded_lens", coded_lens, 0, 2**31 - 1)
 
 
 def check_page_ids(page_ids: Tensor, visible: range, key_cache: Tensor) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from art_torch import _C  # noqa: F401  (loading it registers torch.ops.art)
+from art_torch._operators import (
+    as_float32,
+    call,
+    check_one_device,
+    check_tensors,
+    register,
+    window_argument,
+)
 from art_torch.criterion import Stability
+from art_torch.guided import UNIT_TOKENS, guided_walk
 
 _STABILITY = 1
 _DECODE_TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens")
@@ -52,6 +60,8 @@ def decode_attention(
     sliding_window: int | None = None,
     alibi_slopes: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    key_codes: Tensor | None = None,
+    code_table: Tensor | None = None,
     batch_invariant: bool = False,
     checked: bool | None = None,
     out: DecodeResult | None = None,
@@ -76,13 +86,15 @@ def decode_attention(
         seq_lens: ``[batch]`` or ``[batch, num_kv_heads]`` int32, tokens present.
         criterion: :class:`~art_torch.Stability`, or None to read the whole walk.
         walk: ``"sink_recent"`` (the first 64 tokens, then from the newest backwards),
-            ``"recent_first"``, ``"oldest_first"``, or int32 unit numbers
-            ``[batch, num_kv_heads, max_units]`` (token // ``unit_size``, each at most once);
-            units left out are not attended.
+            ``"recent_first"``, ``"oldest_first"``, ``"guided"`` (the order that
+            :func:`guided_walk` finds; needs ``key_codes`` and ``code_table``), or int32 unit
+            numbers ``[batch, num_kv_heads, max_units]`` (token // ``unit_size``, each at most
+            once); units left out are not attended.
         walk_lens: ``[batch, num_kv_heads]`` int32, entries used of an explicit ``walk``.
         num_pinned: Units at the start of the walk that form the starting output: an int or int32
             ``[batch, num_kv_heads]``. Default: first and last 64 tokens for ``"sink_recent"``,
-            otherwise none (the first block is then the starting output).
+            otherwise none (the first block is then the starting output). The guided walk brings
+            its own.
         block_size: Tokens between two comparisons, a multiple of ``unit_size``.
         unit_size: Tokens per unit; divides ``page_size`` (with one page per sequence, any size).
         scale: Factor on the logits, default ``head_dim ** -0.5``.
@@ -91,6 +103,8 @@ def decode_attention(
         sliding_window: Visible tokens, the query's own included; None for all.
         alibi_slopes: ``[num_q_heads]``; adds ``slope * (position - last position)``.
         seq_starts: ``[batch]`` int32, first visible token (left padding).
+        key_codes: Codes of the keys for the guided walk, see :func:`encode_keys`.
+        code_table: Where the codes of each 64 tokens are, see :func:`encode_keys`.
         batch_invariant: The bits of a sequence's result do not depend on the batch. On the CPU
             this is always so; on a GPU it costs a few percent.
         checked: Also checks what costs time (on the CPU: units listed twice). Default: the
@@ -107,26 +121,35 @@ def decode_attention(
     Source: Attention Run-time Termination, arXiv 2606.00024, with walks of our own.
     """
     tensors = (query, key_cache, value_cache, block_table, seq_lens)
-    _check_tensors("decode_attention", _DECODE_TENSORS, tensors)
-    arguments = dict(
+    check_tensors("decode_attention", _DECODE_TENSORS, tensors)
+    logits: dict[str, Any] = dict(
         scale=None if scale is None else float(scale),
+        softcap=softcap,
+        attn_sinks=as_float32(attn_sinks),
+        alibi_slopes=as_float32(alibi_slopes),
+        seq_starts=seq_starts,
+    )
+    if isinstance(walk, str) and walk == "guided":
+        codes = _guided_codes(key_codes, code_table, walk_lens, num_pinned, unit_size)
+        walk, walk_lens, num_pinned, _ = guided_walk(
+            query, key_cache, block_table, seq_lens, *codes, **logits,
+            sliding_window=sliding_window, checked=checked,
+        )  # fmt: skip
+    arguments = dict(
+        **logits,
+        sliding_window=window_argument("decode_attention", sliding_window),
         walk_lens=walk_lens,
         block_size=block_size,
         unit_size=unit_size,
-        softcap=softcap,
-        attn_sinks=_as_float32(attn_sinks),
-        sliding_window=_window(sliding_window),
-        alibi_slopes=_as_float32(alibi_slopes),
-        seq_starts=seq_starts,
         batch_invariant=batch_invariant,
         checked=checked,
         **_criterion_arguments(criterion, key_cache),
         **_walk_arguments(walk, num_pinned),
     )
     if out is None:
-        return DecodeResult(*_call(torch.ops.art.decode_attention.default, *tensors, **arguments))
+        return DecodeResult(*call(torch.ops.art.decode_attention.default, *tensors, **arguments))
     out = DecodeResult(*out)
-    _call(torch.ops.art.decode_attention.out, *tensors, **arguments, **out._asdict())
+    call(torch.ops.art.decode_attention.out, *tensors, **arguments, **out._asdict())
     return out
 
 
@@ -148,57 +171,34 @@ def append_kv(
         TypeError: A dtype is wrong.
     """
     tensors = (key, value, key_cache, value_cache, slot_mapping)
-    _check_tensors("append_kv", _APPEND_TENSORS, tensors)
-    _call(torch.ops.art.append_kv.default, *tensors)
+    check_tensors("append_kv", _APPEND_TENSORS, tensors)
+    call(torch.ops.art.append_kv.default, *tensors)
 
 
-def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return op(*args, **kwargs)
-    try:
-        # Inputs that require grad were refused above; this skips the check for direct callers of
-        # torch.ops.art, which costs more than the rest of the call.
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
-    except RuntimeError as error:
-        _raise_argument_error(error)
-
-
-def _raise_argument_error(error: RuntimeError) -> NoReturn:
-    """C++ knows one exception; its checks start with the operator's name."""
-    message = str(error).splitlines()[0] if str(error) else ""
-    for name in ("decode_attention: ", "append_kv: "):
-        if message.startswith(name):
-            kind = TypeError if message.startswith(name + "dtype of") else ValueError
-            raise kind(message) from None
-    raise error
-
-
-def _check_tensors(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
-    needs_grad = False
-    for name, tensor in zip(names, tensors, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        needs_grad = needs_grad or tensor.requires_grad
-    if needs_grad and torch.is_grad_enabled():
+def _guided_codes(
+    key_codes: Tensor | None,
+    code_table: Tensor | None,
+    walk_lens: Tensor | None,
+    num_pinned: int | Tensor | None,
+    unit_size: int,
+) -> tuple[Tensor, Tensor]:
+    if key_codes is None or code_table is None:
+        missing = "key_codes" if key_codes is None else "code_table"
         raise ValueError(
-            f"{op}: inputs must not require grad, for the operator has no backward; "
-            "use torch.no_grad() or detach()"
+            f'decode_attention: walk="guided" needs key_codes and code_table, got no {missing}; '
+            "art_torch.encode_keys writes the codes of a cache"
         )
-
-
-def _as_float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
-
-
-def _window(sliding_window: int | None) -> int:
-    if sliding_window is None:
-        return 0
-    if sliding_window < 1:
+    if unit_size != UNIT_TOKENS:
         raise ValueError(
-            f"decode_attention: sliding_window must be positive or None, got {sliding_window}"
+            f'decode_attention: unit_size must be {UNIT_TOKENS} with walk="guided", got {unit_size}'
         )
-    return sliding_window
+    for name, given in (("walk_lens", walk_lens), ("num_pinned", num_pinned)):
+        if given is not None:
+            raise ValueError(
+                f'decode_attention: {name} must not be given with walk="guided", '
+                f"which brings its own, got {given}"
+            )
+    return key_codes, code_table
 
 
 def _criterion_arguments(criterion: Stability | None, key_cache: Tensor) -> dict[str, Any]:
@@ -236,16 +236,6 @@ def _walk_arguments(walk: str | Tensor, num_pinned: int | Tensor | None) -> dict
     return arguments
 
 
-def _check_one_device(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
-    """Meta tensors beside real ones end up here, and would give results without data."""
-    device = tensors[0].device
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor.device != device:
-            raise RuntimeError(
-                f"{op}: {name} must be on the device of {names[0]}, {device}, got {tensor.device}"
-            )
-
-
 def _decode_attention_fake(
     query: Tensor,
     key_cache: Tensor,
@@ -256,7 +246,7 @@ def _decode_attention_fake(
     **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (query, key_cache, value_cache, block_table, seq_lens)
-    _check_one_device("decode_attention", _DECODE_TENSORS, tensors)
+    check_one_device("decode_attention", _DECODE_TENSORS, tensors)
     batch, num_q_heads = query.shape[0], query.shape[1]
     per_head = (batch, key_cache.shape[2])
     return (
@@ -277,36 +267,18 @@ def _decode_attention_out_fake(
     **__: Any,
 ) -> None:
     tensors = (query, key_cache, value_cache, block_table, seq_lens)
-    _check_one_device("decode_attention", _DECODE_TENSORS, tensors)
+    check_one_device("decode_attention", _DECODE_TENSORS, tensors)
 
 
 def _append_kv_fake(*tensors: Tensor) -> None:
-    _check_one_device("append_kv", _APPEND_TENSORS, tensors)
+    check_one_device("append_kv", _APPEND_TENSORS, tensors)
 
 
-def _refusing_grad(op: Any) -> Any:
-    """Autograd kernel of an operator without a backward: refuses instead of losing gradients."""
-
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
-        ):
-            raise RuntimeError(
-                f"{op.name()} has no backward: its inputs must not require grad under grad mode"
-            )
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-
-    return kernel
-
-
-_FAKES: dict[Any, Any] = {
-    torch.ops.art.decode_attention.default: _decode_attention_fake,
-    torch.ops.art.decode_attention.out: _decode_attention_out_fake,
-    torch.ops.art._decode_attention_split.default: _decode_attention_fake,
-    torch.ops.art.append_kv.default: _append_kv_fake,
-}
-# register_autograd() does not take operators with keyword-only tensors.
-_AUTOGRAD = torch.library.Library("art", "IMPL")
-for _op, _fake in _FAKES.items():
-    torch.library.register_fake(_op.name(), _fake)
-    _AUTOGRAD.impl(_op.name(), _refusing_grad(_op), "Autograd", with_keyset=True)
+register(
+    {
+        torch.ops.art.decode_attention.default: _decode_attention_fake,
+        torch.ops.art.decode_attention.out: _decode_attention_out_fake,
+        torch.ops.art._decode_attention_split.default: _decode_attention_fake,
+        torch.ops.art.append_kv.default: _append_kv_fake,
+    }
+)

@@ -37,9 +37,23 @@ from art_torch._reference_checks import (
     check_walk,
     thresholds_of,
 )
+from art_torch._reference_codes import decode_keys, encode_keys
+from art_torch._reference_guided import GuidedWalk, guided_walk
 
 if TYPE_CHECKING:
     from art_torch.criterion import Stability
+
+__all__ = [
+    "BlockChange",
+    "GuidedWalk",
+    "ReferenceResult",
+    "append_kv",
+    "decision_margin",
+    "decode_attention",
+    "decode_keys",
+    "encode_keys",
+    "guided_walk",
+]
 
 MARGIN = 16.0  # k of the error band
 PROBABILITY_ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}

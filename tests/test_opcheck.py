@@ -3,8 +3,16 @@
 import pytest
 import torch
 from cases import CASES, DTYPES, LOOSE, Case, build
+from coded import LOGIT_OPTIONS, with_codes
 
-from art_torch import DecodeResult, Stability, append_kv, decode_attention
+from art_torch import (
+    DecodeResult,
+    Stability,
+    append_kv,
+    decode_attention,
+    encode_keys,
+    key_code_bytes,
+)
 
 by_dtype = {"ids": lambda dtype: str(dtype).removeprefix("torch.")}
 NAMES = ("everything", "explicit_per_head", "per_head_lens", "layout_dense", "layout_hnd", "ragged")
@@ -48,6 +56,53 @@ def test_opcheck_append_kv(device):
     new = [torch.randn(5, 2, d, device=device) for d in (32, 64)]
     for slots in (torch.tensor([0, 9, -1, 31, 4]), torch.arange(10).view(5, 2)):
         torch.library.opcheck(torch.ops.art.append_kv.default, (*new, *caches, slots.to(device)))
+
+
+def guided_arguments(case, dtype, device):
+    inputs = build(case, dtype, device)
+    options = {k: v for k, v in inputs.options.items() if k in LOGIT_OPTIONS}
+    query, keys, _, table, lens = inputs.tensors
+    return (query, keys, table, lens, *with_codes(inputs)), options
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("name", ["everything", "per_head_lens", "layout_dense", "layout_hnd"])
+def test_opcheck_guided_walk(name, dtype):
+    (case,) = (case for case in CASES if case.name == name)
+    args, kwargs = guided_arguments(case, dtype, "cpu")
+    torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs)
+
+
+def test_opcheck_encode_keys():
+    keys = torch.randn(8, 16, 2, 40)
+    table = torch.arange(8).view(2, 4).int()
+    lens, coded = torch.tensor([64, 10]).int(), torch.tensor([3, 0]).int()
+    pool = torch.zeros(4, 2, key_code_bytes(40), dtype=torch.uint8)
+    codes = torch.tensor([[2], [0]]).int()
+    for kwargs in ({}, {"coded_lens": coded}):
+        args = (keys, table, lens, pool, codes)
+        torch.library.opcheck(torch.ops.art.encode_keys.default, args, kwargs)
+
+
+def test_compile_a_guided_step():
+    """Encoding, ordering and attention in one graph; the codes are written."""
+    args, _ = guided_arguments(BIG, torch.float32, "cpu")
+    query, keys, table, lens, pool, codes = args
+
+    def step(query, pool):
+        encode_keys(keys, table, lens, pool, codes.clamp(max=pool.shape[0] - 1))
+        return decode_attention(
+            query, keys, keys, table, lens, walk="guided", key_codes=pool, code_table=codes,
+            criterion=LOOSE,
+        ).out + 1  # fmt: skip
+
+    pools = [torch.zeros_like(pool) for _ in range(2)]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(query, pools[0])
+        torch.testing.assert_close(compiled, step(query, pools[1]))
+    assert torch.equal(*pools)
+    assert pools[0].any()
 
 
 def decode_step(query, key, value, key_cache, value_cache, slots, table, lens, **options):

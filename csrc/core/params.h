@@ -73,6 +73,38 @@ struct DecodeParams {
   int32_t* stop_block;   // [batch, num_kv_heads]
 };
 
+// A pool of key codes. Strides are in bytes.
+struct CodePool {
+  uint8_t* records;  // [num_code_pages, num_kv_heads, record_bytes]
+  int64_t num_pages;
+  int64_t page_stride;
+  int64_t head_stride;
+  const int32_t* table;  // [batch, max_groups] or [batch, num_kv_heads, max_groups]
+  int64_t table_batch_stride;
+  int64_t table_head_stride;  // 0: one table for all heads
+};
+
+// Complete groups of keys that become codes.
+struct EncodeParams {
+  DecodeParams cache;  // its keys, tables and lengths
+  CodePool codes;
+  const int32_t* coded_lens;  // [batch] or [batch, num_kv_heads]; null: nothing is coded yet
+  int64_t coded_lens_batch_stride;
+  int64_t coded_lens_head_stride;  // 0: one length for all heads
+};
+
+// Units of a cache in the order of their estimated softmax mass.
+struct GuidedParams {
+  DecodeParams attention;  // its query, keys, tables, lengths and logits; unit_size is kUnitTokens
+  CodePool codes;
+  int32_t max_units;  // row length of walk and log_mass
+
+  int32_t* walk;        // [batch, num_kv_heads, max_units]
+  int32_t* walk_lens;   // [batch, num_kv_heads]
+  int32_t* num_pinned;  // [batch, num_kv_heads]
+  float* log_mass;      // [batch, num_kv_heads, max_units]
+};
+
 // New tokens of one tensor, keys or values, and the cache that takes them.
 struct AppendParams {
   int64_t num_tokens;

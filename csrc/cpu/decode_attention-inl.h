@@ -357,23 +357,4 @@ void write_output(const DecodeParams& params, const Item& item, Accumulator runn
   }
 }
 
-template <class T>
-constexpr Kernels make_kernels(const char* target) {
-  return {target, load_query<T>, compute_step<T>, fold_step, write_output<T>};
-}
-
-const Kernels& kernel_table(DType dtype, const char* target) {
-  static const Kernels float32 = make_kernels<float>(target);
-  static const Kernels float16 = make_kernels<Float16>(target);
-  static const Kernels bfloat16 = make_kernels<BFloat16>(target);
-  switch (dtype) {
-    case DType::kFloat32:
-      return float32;
-    case DType::kFloat16:
-      return float16;
-    default:
-      return bfloat16;
-  }
-}
-
 }  // namespace

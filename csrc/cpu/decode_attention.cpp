@@ -6,42 +6,21 @@
 #include <cstring>
 #include <new>
 
+#include "cpu/arena.h"
 #include "cpu/kernels.h"
 
 namespace art::cpu {
 namespace {
 
-constexpr size_t kAlignment = 64;
-
-size_t align_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-// Hands out aligned pieces of one buffer; from a null base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(size_t count) {
-    char* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += align_up(count * sizeof(T));
-    return reinterpret_cast<T*>(piece);
-  }
-
-  Accumulator take_accumulator(const DecodeParams& params) {
-    const size_t heads = params.group_size;
-    return {take<SoftmaxState>(heads),
-            take<float>(heads * round_up(params.value_dim, kRowAlignment)), take<int32_t>(1)};
-  }
-
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
+Accumulator take_accumulator(const DecodeParams& params, Arena& arena) {
+  const size_t heads = params.group_size;
+  return {arena.take<SoftmaxState>(heads),
+          arena.take<float>(heads * round_up(params.value_dim, kRowAlignment)),
+          arena.take<int32_t>(1)};
+}
 
 // What folding one item needs. Everything but the atomics belongs to the holder of the lock.
-struct alignas(kAlignment) ItemState {
+struct alignas(Arena::kAlignment) ItemState {
   Item item;
   std::atomic<bool> locked{false};
   std::atomic<bool> finished{false};
@@ -80,14 +59,14 @@ Scratch take_scratch(const DecodeParams& params, Arena& arena) {
   scratch.scores = arena.take<float>(heads * kScoreStride);
   const bool copies_keys = params.key.dim_stride != 1;
   scratch.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * params.head_dim : 0);
-  scratch.step = arena.take_accumulator(params);
-  scratch.tile = arena.take_accumulator(params);
+  scratch.step = take_accumulator(params, arena);
+  scratch.tile = take_accumulator(params, arena);
   return scratch;
 }
 
 Workspace lay_out(const DecodeParams& params, const DecodePlan& plan, void* base) {
   Arena accumulator(nullptr), scratch(nullptr), arena(base);
-  accumulator.take_accumulator(params);
+  take_accumulator(params, accumulator);
   take_scratch(params, scratch);
   Workspace space;
   space.accumulator_bytes = accumulator.used();
@@ -224,7 +203,7 @@ class Worker {
 
   Accumulator accumulator(char* base, int64_t index) const {
     Arena arena(base + index * space_.accumulator_bytes);
-    return arena.take_accumulator(params_);
+    return take_accumulator(params_, arena);
   }
 
   Accumulator stored(int64_t index, int64_t step) const {

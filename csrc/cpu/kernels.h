@@ -3,10 +3,13 @@
 
 #include <cstdint>
 
+#include "core/coded_groups.h"
 #include "core/item.h"
+#include "core/key_codes.h"
 #include "core/online_softmax.h"
 #include "core/params.h"
 #include "core/termination.h"
+#include "core/unit_order.h"
 
 namespace art::cpu {
 
@@ -36,6 +39,17 @@ struct Scratch {
   Accumulator tile;  // second and later tiles of a step
 };
 
+// Buffers of one worker of a guided walk. Rows of code queries are in the order of
+// CodeLayout::position(), each of the four places in a field padded to whole vectors.
+struct GuidedScratch {
+  Scratch tile;       // query, scores and keys only
+  float* code_query;  // [group_size rounded up to kHeadsPerPass, 4, padded fields]
+  float* scaled;      // the same, times the scales of a group
+  float* unit_max;    // [group_size, padded max_units]: largest logit
+  float* unit_sum;    // [group_size, padded max_units]: sum of exp(logit - max)
+  int16_t* unit_lse;  // [group_size, padded max_units]: in steps, see core/unit_order.h
+};
+
 struct Kernels {
   const char* target;
   void (*load_query)(const DecodeParams& params, const Item& item, Scratch& scratch);
@@ -45,6 +59,8 @@ struct Kernels {
   bool (*fold_step)(const DecodeParams& params, const Item& item, Accumulator step, bool compare,
                     Accumulator running);
   void (*write_output)(const DecodeParams& params, const Item& item, Accumulator running);
+  // Estimates the log-sum-exp of all units of an item, for each query head.
+  void (*score_units)(const GuidedParams& params, const Item& item, GuidedScratch& scratch);
 };
 
 namespace baseline {

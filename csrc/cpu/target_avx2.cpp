@@ -15,6 +15,9 @@ constexpr int kLanes = 8;
 #include "cpu/simd-inl.h"
 // The kernels need the vectors above.
 #include "cpu/decode_attention-inl.h"
+#include "cpu/guided_walk-inl.h"
+// The table needs the kernels above.
+#include "cpu/kernel_table-inl.h"
 
 const Kernels& kernels(DType dtype) { return kernel_table(dtype, "avx2"); }
 }  // namespace art::cpu::avx2

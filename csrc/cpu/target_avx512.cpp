@@ -17,6 +17,9 @@ constexpr int kLanes = 16;
 #include "cpu/simd-inl.h"
 // The kernels need the vectors above.
 #include "cpu/decode_attention-inl.h"
+#include "cpu/guided_walk-inl.h"
+// The table needs the kernels above.
+#include "cpu/kernel_table-inl.h"
 
 const Kernels& kernels(DType dtype) { return kernel_table(dtype, "avx512"); }
 }  // namespace art::cpu::avx512

@@ -1,41 +1,15 @@
 // Checks that have to look at the data. An index that is out of range would otherwise read foreign
 // memory, or attend to the wrong tokens without a word.
-#include <limits>
 #include <vector>
 
-#include "core/walk.h"
 #include "ops/check.h"
+#include "ops/check_cache.h"
 #include "ops/decode_attention.h"
 
 namespace art {
 namespace {
 
 constexpr char kOp[] = "decode_attention";
-
-TokenRange check_length(const DecodeParams& params, int64_t batch, int64_t head) {
-  const int64_t capacity = int64_t{params.max_pages} * params.page_size;
-  const int32_t len =
-      params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
-  ART_CHECK(len >= 0 && len <= capacity, kOp, ": seq_lens must be from 0 to ", capacity, " (",
-            params.max_pages, " pages of ", params.page_size, "), got ", len, " for sequence ",
-            batch);
-  const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
-  ART_CHECK(start >= 0, kOp, ": seq_starts must not be negative, got ", start, " for sequence ",
-            batch);
-  return visible_tokens(len, start, params.sliding_window);
-}
-
-void check_pages(const DecodeParams& params, int64_t batch, int64_t head, TokenRange visible) {
-  if (visible.size() == 0) return;
-  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
-                         head * params.block_table_head_stride;
-  const int32_t last = (visible.end - 1) / params.page_size;
-  for (int32_t i = visible.begin / params.page_size; i <= last; ++i) {
-    ART_CHECK(table[i] >= 0 && table[i] < params.num_pages, kOp,
-              ": page ids in block_table must be from 0 to ", params.num_pages - 1, ", got ",
-              table[i], " at page ", i, " of sequence ", batch);
-  }
-}
 
 void check_walk(const DecodeParams& params, int64_t index, bool duplicates) {
   const int32_t len = params.walk_lens[index];
@@ -63,7 +37,7 @@ void check_values(const DecodeParams& params, bool duplicates) {
   for (int64_t batch = 0; batch < params.batch; ++batch) {
     for (int64_t head = 0; head < params.num_kv_heads; ++head) {
       if (head == 0 || per_head) {
-        check_pages(params, batch, head, check_length(params, batch, head));
+        check_pages(params, kOp, batch, head, check_length(params, kOp, batch, head));
       }
       const int64_t index = batch * params.num_kv_heads + head;
       if (params.walk_order == WalkOrder::kExplicit) check_walk(params, index, duplicates);

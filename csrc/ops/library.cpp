@@ -20,4 +20,13 @@ STABLE_TORCH_LIBRARY(art, m) {
   m.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slot_mapping) -> ()");
+  m.def(
+      "encode_keys(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor(a!) key_codes, "
+      "Tensor code_table, *, Tensor? coded_lens=None, bool? checked=None) -> ()");
+  m.def(
+      "guided_walk(Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor key_codes, Tensor code_table, *, float? scale=None, float softcap=0, "
+      "Tensor? attn_sinks=None, int sliding_window=0, Tensor? alibi_slopes=None, "
+      "Tensor? seq_starts=None, bool? checked=None) -> "
+      "(Tensor walk, Tensor walk_lens, Tensor num_pinned, Tensor log_mass)");
 }

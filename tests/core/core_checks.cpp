@@ -1,9 +1,13 @@
-// Checks of the pure functions in csrc/core that only GPU kernels use. Prints what is wrong.
+// Checks of pure functions in csrc/core: those that only GPU kernels use, and those that have to be
+// exact. Prints what is wrong.
+#include <cmath>
 #include <cstdio>
 #include <random>
 
 #include "core/divider.h"
+#include "core/key_codes.h"
 #include "core/schedule.h"
+#include "core/unit_order.h"
 
 namespace {
 
@@ -85,9 +89,82 @@ void check_cluster_blocks() {
   expect(blocks(1, 1) == 2, "one step", blocks(1, 1), 2);
 }
 
+// All float16 numbers, those half way between two of them, and their neighbours.
+void check_halves() {
+  for (uint32_t half = 0; half < 0x7bff; ++half) {
+    const float here = art::float_of(half), next = art::float_of(half + 1);
+    const float middle = here + (next - here) / 2;
+    const uint32_t even = half % 2 == 0 ? half : half + 1;
+    for (const uint32_t sign : {0u, 0x8000u}) {
+      const float s = sign == 0 ? 1.0f : -1.0f;
+      expect(art::half_of(s * here) == (half | sign), "half", half, sign);
+      expect(art::half_of(s * middle) == (even | sign), "middle", half, sign);
+      expect(art::half_of(s * std::nextafter(middle, 0.0f)) == (half | sign), "below", half, sign);
+      expect(art::half_of(s * std::nextafter(middle, next)) == ((half + 1) | sign), "above", half,
+             sign);
+    }
+  }
+  expect(art::float_of(0x3c00) == 1.0f && art::float_of(0xc000) == -2.0f, "numbers", 1, -2);
+  expect(art::half_of(art::kLargestHalf) == 0x7bff, "largest", art::half_of(65504.0f), 0x7bff);
+}
+
+void check_codes() {
+  for (int i = -40; i <= 80; ++i) {
+    const float x = i / 16.0f, rounded = std::nearbyint(x);
+    const int32_t expected = rounded < 0 ? 0 : (rounded > 3 ? 3 : static_cast<int32_t>(rounded));
+    expect(art::code_of(x + 7.0f, 7.0f, 1.0f) == static_cast<uint32_t>(expected), "code", i, 16);
+  }
+  expect(art::code_of(1e30f, 0.0f, 6e-8f) == 3 && art::code_of(5.0f, 0.0f, 0.0f) == 0, "codes", 3,
+         0);
+}
+
+// Every place of a record is used once.
+void check_layout() {
+  for (int32_t dim = 32; dim <= 256; dim += 16) {
+    const art::CodeLayout layout(dim);
+    bool codes[64 * 256] = {}, grid[256] = {};
+    for (int32_t d = 0; d < dim; ++d) {
+      const int32_t position = layout.position(d);
+      expect(position >= 0 && position < dim && !grid[position], "position", dim, d);
+      grid[position] = true;
+      for (int32_t t = 0; t < art::kGroupTokens; ++t) {
+        const int32_t place = 4 * layout.byte(t, d) + art::CodeLayout::shift(d) / 2;
+        expect(place >= 0 && place < 64 * dim && !codes[place], "place", t, d);
+        codes[place] = true;
+      }
+    }
+    expect(layout.record_bytes() == 20 * dim && layout.record_bytes() % 16 == 0, "bytes", dim, 0);
+  }
+}
+
+// The integers of a guided walk against the functions that they stand for.
+void check_masses() {
+  for (int32_t below = 0; below < 3000; ++below) {
+    const double exact = std::exp2(31 - below / 64.0);
+    const double got = static_cast<double>(art::mass_below(below));
+    expect(got <= exact + 0.5 && got > exact - 1.5, "mass", below, static_cast<long long>(got));
+  }
+  std::mt19937_64 random(2);
+  for (int i = 0; i < 200000; ++i) {
+    const uint64_t mass = (uint64_t{1} << 31) + (random() >> (31 + random() % 33));
+    const double exact = 64 * std::log2(static_cast<double>(mass) / 2147483648.0);
+    expect(std::abs(art::steps_of_mass(mass) - exact) <= 0.5 + 1e-6, "steps", mass,
+           art::steps_of_mass(mass));
+  }
+  expect(art::steps_of_mass(uint64_t{1} << 31) == 0, "one", 0, 0);
+  for (const float odd : {NAN, INFINITY, -INFINITY, -1e9f}) {
+    expect(art::quantise_steps(odd) == art::kLeastSteps, "odd", art::quantise_steps(odd), 0);
+  }
+  expect(art::quantise_steps(1e9f) == 32767 && art::quantise_steps(-2.5f) == -2, "steps", 0, 0);
+}
+
 }  // namespace
 
 int main() {
+  check_halves();
+  check_codes();
+  check_layout();
+  check_masses();
   check_divider();
   check_exchange();
   check_cluster_blocks();

@@ -1,4 +1,4 @@
-"""Functions of csrc/core that only GPU kernels use, compiled for the host."""
+"""Functions of csrc/core that only GPU kernels use or that must be exact, for the host."""
 
 import shutil
 import subprocess

@@ -1,0 +1,214 @@
+"""The guided walk in plain PyTorch; re-exported by `art_torch.reference`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from art_torch._reference_checks import (
+    check_codes,
+    check_keys,
+    check_options,
+    check_page_ids,
+    check_query,
+    check_tables,
+)
+from art_torch._reference_codes import (
+    GROUP_TOKENS,
+    UNIT_TOKENS,
+    check_record,
+    decode_keys,
+    keys_of,
+    of_head,
+    record_bytes,
+)
+
+SINK_UNITS = 4  # the first 64 tokens
+STEPS = 64  # in which a logarithm to base 2 is counted
+LEAST_STEPS, MOST_STEPS = -32767, 32767
+BUCKET_STEPS = 8
+NUM_BUCKETS = 256
+
+
+class GuidedWalk(NamedTuple):
+    """Result of `guided_walk`, on the CPU.
+
+    Attributes:
+        walk: `[B, Hkv, max_units]` int32, units in the order they should be read, then -1.
+        walk_lens: `[B, Hkv]` int32, units with a visible token.
+        num_pinned: `[B, Hkv]` int32, units at the start of the walk that must always be read.
+        log_mass: `[B, Hkv, max_units]` float64, natural logarithm of the estimated share of the
+            softmax mass of each unit, in walk order, then -inf.
+    """
+
+    walk: Tensor
+    walk_lens: Tensor
+    num_pinned: Tensor
+    log_mass: Tensor
+
+
+@torch.no_grad()
+def guided_walk(
+    query: Tensor,
+    key_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    key_codes: Tensor,
+    code_table: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    attn_sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+) -> GuidedWalk:
+    """Order the units of 16 tokens by the softmax mass that key codes say they have.
+
+    Logits are those of `decode_attention`, with keys decoded from their codes, or exact after the
+    last complete group. A unit's share is the largest over the query heads of the KV head. The
+    first four units with a visible token, the last complete group and what follows it come first
+    (pinned); then descending shares.
+
+    Args:
+        query: `[B, Hq, D]`.
+        key_cache: `[P, page_size, Hkv, D]`; only tokens after the last complete group are read.
+        block_table: int32 `[B, max_pages]` or `[B, Hkv, max_pages]`, page ids.
+        seq_lens: int32 `[B]` or `[B, Hkv]`, tokens in the cache.
+        key_codes: uint8 `[num_code_pages, Hkv, record_bytes(D)]`, see `encode_keys`.
+        code_table: int32 `[B, max_groups]` or `[B, Hkv, max_groups]`, the code page of each group;
+            entries of groups without a visible token may hold anything.
+        scale: as in `decode_attention`, and so are the others.
+        softcap: c of `c * tanh(x / c)`.
+        attn_sinks: `[Hq]`, part of the total.
+        sliding_window: tokens visible.
+        alibi_slopes: `[Hq]`.
+        seq_starts: int32 `[B]`, first visible token.
+
+    Returns:
+        A `GuidedWalk`.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape or a value out of range.
+    """
+    check_keys(key_cache)
+    check_query(query, key_cache)
+    check_tables(key_cache, query.shape[0], block_table, seq_lens, seq_starts)
+    check_options(query, seq_lens, scale, softcap, attn_sinks, sliding_window, alibi_slopes)
+    check_codes(key_codes, code_table, key_cache, block_table, record_bytes(query.shape[-1]), None)
+    (batch, num_q_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
+    page_size, max_pages = key_cache.shape[1], block_table.shape[-1]
+    if page_size % UNIT_TOKENS and max_pages > 1:
+        raise ValueError(f"page_size must be a multiple of {UNIT_TOKENS}, got {page_size}")
+    group_size = num_q_heads // num_kv_heads
+    shape = (batch, num_kv_heads, -(-page_size * max_pages // UNIT_TOKENS))
+    result = GuidedWalk(
+        torch.full(shape, -1, dtype=torch.int32),
+        torch.zeros(shape[:2], dtype=torch.int32),
+        torch.zeros(shape[:2], dtype=torch.int32),
+        torch.full(shape, -math.inf, dtype=torch.float64),
+    )
+    for b in range(batch):
+        start = 0 if seq_starts is None else int(seq_starts[b])
+        for h in range(num_kv_heads):
+            heads = slice(h * group_size, (h + 1) * group_size)
+            seq_len = int(of_head(seq_lens, b, h, 1))
+            window_start = 0 if sliding_window is None else seq_len - sliding_window
+            visible = range(max(start, window_start), seq_len)
+            if not visible:
+                continue
+            keys = _estimated_keys(
+                key_cache, of_head(block_table, b, h, 2), key_codes, of_head(code_table, b, h, 2),
+                visible, h,
+            )  # fmt: skip
+            logits = query[b, heads].double().cpu() @ keys.T
+            logits *= 1.0 / math.sqrt(head_dim) if scale is None else scale
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            if alibi_slopes is not None:
+                distance = torch.tensor(visible) - (seq_len - 1)
+                logits = logits + alibi_slopes[heads, None].double().cpu() * distance
+            sinks = None if attn_sinks is None else attn_sinks[heads].double().cpu()
+            scores = shares(unit_lse(logits, visible), sinks)
+            order, num_pinned = order_units(scores, visible)
+            result.walk[b, h, : len(order)] = torch.tensor(order)
+            result.walk_lens[b, h], result.num_pinned[b, h] = len(order), num_pinned
+            first = visible[0] // UNIT_TOKENS
+            mass = scores[torch.tensor(order) - first].double() * (math.log(2) / STEPS)
+            result.log_mass[b, h, : len(order)] = mass
+    return result
+
+
+def unit_lse(logits: Tensor, visible: range) -> Tensor:
+    """Return the log-sum-exp `[G, num_units]` of the logits `[G, n]` of the visible tokens."""
+    before, after = visible.start % UNIT_TOKENS, -visible.stop % UNIT_TOKENS
+    padded = torch.nn.functional.pad(logits, (before, after), value=-math.inf)
+    return padded.view(len(logits), -1, UNIT_TOKENS).logsumexp(-1)
+
+
+def quantise(lse: Tensor) -> Tensor:
+    """Count a natural logarithm in steps of 1/64 to base 2, int64; not finite is the least."""
+    steps = (lse * (STEPS / math.log(2))).round().clamp(LEAST_STEPS, MOST_STEPS)
+    return steps.where(lse.isfinite(), LEAST_STEPS).to(torch.int64)
+
+
+def shares(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the share of each unit `[num_units]`, in steps: the largest over the query heads.
+
+    From the log-sum-exp `[G, num_units]` of units and the sink logits `[G]`. All that follows the
+    quantisation is done in integers, so the result does not depend on the order of a sum.
+    """
+    steps = quantise(lse)
+    terms = steps if sinks is None else torch.cat([steps, quantise(sinks)[:, None]], -1)
+    largest = terms.amax(-1, keepdim=True)
+    fractions = (2.0**31 * 2.0 ** (-torch.arange(STEPS).double() / STEPS)).round().long()
+    below = (largest - terms).clamp(max=32 * STEPS)
+    mass = (fractions[below % STEPS] >> below // STEPS).sum(-1, keepdim=True)
+    total = largest + ((mass.double() / 2.0**31).log2() * STEPS).round().long()
+    return (steps - total).amax(0)
+
+
+def order_units(scores: Tensor, visible: range) -> tuple[list[int], int]:
+    """Return the walk over the units with a visible token, and how many of them are pinned.
+
+    `scores`, int64 `[num_units]`, are their shares in steps. Buckets of 1/8 to base 2 below the
+    best unpinned unit, 256 of them, keep the order of the units in them.
+    """
+    first, end = visible[0] // UNIT_TOKENS, visible[-1] // UNIT_TOKENS + 1
+    recent = (visible.stop // GROUP_TOKENS - 1) * (GROUP_TOKENS // UNIT_TOKENS)
+    units = range(first, end)
+    pinned = [u for u in units if u < first + SINK_UNITS or u >= recent]
+    others = [u for u in units if u not in set(pinned)]
+    best = max((int(scores[u - first]) for u in others), default=0)
+
+    def bucket(unit: int) -> int:
+        return min((best - int(scores[unit - first])) // BUCKET_STEPS, NUM_BUCKETS - 1)
+
+    return pinned + sorted(others, key=bucket), len(pinned)
+
+
+def _estimated_keys(
+    key_cache: Tensor,
+    page_ids: Tensor,
+    key_codes: Tensor,
+    records: Tensor,
+    visible: range,
+    h: int,
+) -> Tensor:
+    """Return the keys of the visible tokens, float64 `[n, D]`, from codes where there are some."""
+    coded_end = visible.stop // GROUP_TOKENS * GROUP_TOKENS
+    parts = []
+    for group in range(visible.start // GROUP_TOKENS, coded_end // GROUP_TOKENS):
+        check_record(records, group, key_codes)
+        record = key_codes[int(records[group]), h].cpu()
+        keys = decode_keys(record, key_cache.shape[-1])
+        parts.append(keys[max(0, visible.start - group * GROUP_TOKENS) :])
+    tail = range(max(visible.start, coded_end), visible.stop)
+    if tail:
+        check_page_ids(page_ids, tail, key_cache)
+        parts.append(keys_of(key_cache, page_ids, torch.tensor(tail), h).double().cpu())
+    return torch.cat(parts)

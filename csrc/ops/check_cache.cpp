@@ -1,0 +1,191 @@
+#include "ops/check_cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "ops/check.h"
+
+namespace art {
+namespace {
+
+DType check_element_type(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  const bool known =
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  ART_CHECK(known, op, ": dtype of ", name, " must be float32, float16 or bfloat16, got ",
+            dtype_name(dtype));
+  if (dtype == ScalarType::Float) return DType::kFloat32;
+  return dtype == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+}
+
+}  // namespace
+
+void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank,
+                const char* meaning) {
+  ART_CHECK(tensor.dim() == rank, op, ": ", name, " must have shape ", meaning, ", got ",
+            shape_of(tensor));
+}
+
+void check_row_dim(const char* op, const char* name, int64_t dim) {
+  ART_CHECK(dim != 576, op, ": ", name, " 576 is a latent (MLA) cache, which is not supported; ",
+            name, " must be a multiple of 8 from 32 to 256");
+  ART_CHECK(dim >= 32 && dim <= 256 && dim % 8 == 0, op, ": ", name,
+            " must be a multiple of 8 from 32 to 256, got ", dim);
+}
+
+void check_int32(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
+  check_dtype(op, name, tensor, ScalarType::Int);
+  check_same_device(op, name, tensor, first);
+}
+
+const float* optional_floats(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                             const char* meaning, std::initializer_list<int64_t> shape,
+                             const Tensor& first) {
+  if (!tensor) return nullptr;
+  check_dtype(op, name, *tensor, ScalarType::Float);
+  check_same_device(op, name, *tensor, first);
+  check_shape(op, name, *tensor, meaning, shape);
+  ART_CHECK(tensor->is_contiguous(), op, ": ", name, " must be contiguous");
+  return tensor->const_data_ptr<float>();
+}
+
+const int32_t* optional_ints(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                             const char* meaning, std::initializer_list<int64_t> shape,
+                             const Tensor& first) {
+  if (!tensor) return nullptr;
+  check_int32(op, name, *tensor, first);
+  check_shape(op, name, *tensor, meaning, shape);
+  ART_CHECK(tensor->is_contiguous(), op, ": ", name, " must be contiguous");
+  return tensor->const_data_ptr<int32_t>();
+}
+
+PagedCache paged_cache(const Tensor& cache) {
+  return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2),
+          cache.stride(3)};
+}
+
+void set_query(DecodeParams& params, const char* op, const Tensor& query, const Tensor& key_cache) {
+  check_rank(op, "query", query, 3, "[batch, num_q_heads, head_dim]");
+  check_rank(op, "key_cache", key_cache, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
+  params.dtype = check_element_type(op, "query", query);
+  check_dtype(op, "key_cache", key_cache, query.scalar_type());
+  const int64_t heads = query.size(1), kv_heads = key_cache.size(2);
+  ART_CHECK(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0, op,
+            ": num_q_heads must be a positive multiple of num_kv_heads, got ", heads, " and ",
+            kv_heads);
+  check_row_dim(op, "head_dim", query.size(2));
+  ART_CHECK(key_cache.size(3) == query.size(2), op, ": key_cache must have head_dim ",
+            query.size(2), " as the query has, got ", key_cache.size(3));
+  ART_CHECK(query.stride(2) == 1, op, ": the last dimension of query must be contiguous");
+  params.batch = query.size(0);
+  params.num_q_heads = heads;
+  params.group_size = heads / kv_heads;
+  params.query = query.const_data_ptr();
+  params.query_batch_stride = query.stride(0);
+  params.query_head_stride = query.stride(1);
+}
+
+void set_keys(DecodeParams& params, const char* op, const Tensor& key, const Tensor& first) {
+  check_rank(op, "key_cache", key, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
+  check_same_device(op, "key_cache", key, first);
+  params.dtype = check_element_type(op, "key_cache", key);
+  check_row_dim(op, "head_dim", key.size(3));
+  ART_CHECK(key.size(2) >= 1, op, ": num_kv_heads must be at least 1, got ", key.size(2));
+  ART_CHECK(key.size(1) >= 1, op, ": page_size must be at least 1, got ", key.size(1));
+  ART_CHECK(key.stride(3) == 1 || key.stride(1) == 1, op,
+            ": head_dim or the token dimension of key_cache must be contiguous, got strides ",
+            key.stride(3), " and ", key.stride(1));
+  params.num_kv_heads = key.size(2);
+  params.head_dim = key.size(3);
+  params.page_size = key.size(1);
+  params.num_pages = key.size(0);
+  params.key = paged_cache(key);
+}
+
+void set_tables(DecodeParams& params, const char* op, const Tensor& table, const Tensor& lens,
+                const std::optional<Tensor>& seq_starts, const Tensor& first) {
+  check_int32(op, "block_table", table, first);
+  check_int32(op, "seq_lens", lens, first);
+  const int64_t batch = params.batch, heads = params.num_kv_heads;
+  ART_CHECK(table.dim() == 2 || table.dim() == 3, op,
+            ": block_table must have shape [batch, max_pages] or [batch, num_kv_heads, ",
+            "max_pages], got ", shape_of(table));
+  const bool table_per_head = table.dim() == 3;
+  const int64_t max_pages = table.size(table.dim() - 1);
+  if (table_per_head) {
+    check_shape(op, "block_table", table, "[batch, num_kv_heads, max_pages]",
+                {batch, heads, max_pages});
+  } else {
+    check_shape(op, "block_table", table, "[batch, max_pages]", {batch, max_pages});
+  }
+  ART_CHECK(max_pages <= 1 || table.stride(table.dim() - 1) == 1, op,
+            ": the last dimension of block_table must be contiguous");
+  const bool lens_per_head = lens.dim() == 2;
+  if (lens_per_head) {
+    check_shape(op, "seq_lens", lens, "[batch, num_kv_heads]", {batch, heads});
+  } else {
+    check_shape(op, "seq_lens", lens, "[batch]", {batch});
+  }
+  ART_CHECK(max_pages * params.page_size <= std::numeric_limits<int32_t>::max(), op,
+            ": block_table must address fewer than 2^31 tokens, got ", max_pages, " pages of ",
+            params.page_size);
+  params.max_pages = max_pages;
+  params.block_table = table.const_data_ptr<int32_t>();
+  params.block_table_batch_stride = table.stride(0);
+  params.block_table_head_stride = table_per_head ? table.stride(1) : 0;
+  params.seq_lens = lens.const_data_ptr<int32_t>();
+  params.seq_lens_batch_stride = lens.stride(0);
+  params.seq_lens_head_stride = lens_per_head ? lens.stride(1) : 0;
+  params.seq_starts = optional_ints(op, "seq_starts", seq_starts, "[batch]", {batch}, first);
+}
+
+void set_logits(DecodeParams& params, const char* op, const LogitArguments& args,
+                const Tensor& first) {
+  const double scale = args.scale ? *args.scale : 1.0 / std::sqrt(double(params.head_dim));
+  ART_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+  ART_CHECK(std::isfinite(args.softcap) && args.softcap >= 0, op,
+            ": softcap must be positive, or 0 for none, got ", args.softcap);
+  ART_CHECK(args.sliding_window >= 0, op, ": sliding_window must be positive, or 0 for none, got ",
+            args.sliding_window);
+  ART_CHECK(!args.per_head_lens || (args.sliding_window == 0 && !args.alibi_slopes), op,
+            ": sliding_window and alibi_slopes need positions, which seq_lens per head ",
+            "(an evicted cache) does not tell");
+  params.scale = scale;
+  params.softcap = args.softcap;
+  params.sliding_window = std::min<int64_t>(args.sliding_window, INT32_MAX);
+  const int64_t heads = params.num_q_heads;
+  params.attn_sinks =
+      optional_floats(op, "attn_sinks", args.attn_sinks, "[num_q_heads]", {heads}, first);
+  params.alibi_slopes =
+      optional_floats(op, "alibi_slopes", args.alibi_slopes, "[num_q_heads]", {heads}, first);
+}
+
+TokenRange check_length(const DecodeParams& params, const char* op, int64_t batch, int64_t head) {
+  const int64_t capacity = int64_t{params.max_pages} * params.page_size;
+  const int32_t len =
+      params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
+  ART_CHECK(len >= 0 && len <= capacity, op, ": seq_lens must be from 0 to ", capacity, " (",
+            params.max_pages, " pages of ", params.page_size, "), got ", len, " for sequence ",
+            batch);
+  const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
+  ART_CHECK(start >= 0, op, ": seq_starts must not be negative, got ", start, " for sequence ",
+            batch);
+  return visible_tokens(len, start, params.sliding_window);
+}
+
+void check_pages(const DecodeParams& params, const char* op, int64_t batch, int64_t head,
+                 TokenRange tokens) {
+  if (tokens.size() == 0) return;
+  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
+                         head * params.block_table_head_stride;
+  const int32_t last = (tokens.end - 1) / params.page_size;
+  for (int32_t i = tokens.begin / params.page_size; i <= last; ++i) {
+    ART_CHECK(table[i] >= 0 && table[i] < params.num_pages, op,
+              ": page ids in block_table must be from 0 to ", params.num_pages - 1, ", got ",
+              table[i], " at page ", i, " of sequence ", batch);
+  }
+}
+
+}  // namespace art

@@ -1,0 +1,60 @@
+// Checks of what several operators take: queries, a paged key cache, its tables, and what shapes
+// the logits. Each fills its part of DecodeParams; `op` starts the messages, and every tensor has
+// to be on the device of `first`.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "core/params.h"
+#include "core/walk.h"
+
+namespace art {
+
+using torch::stable::Tensor;
+
+struct LogitArguments {
+  std::optional<double> scale;
+  double softcap;
+  std::optional<Tensor> attn_sinks;
+  int64_t sliding_window;
+  std::optional<Tensor> alibi_slopes;
+  bool per_head_lens;
+};
+
+void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank,
+                const char* meaning);
+void check_row_dim(const char* op, const char* name, int64_t dim);
+void check_int32(const char* op, const char* name, const Tensor& tensor, const Tensor& first);
+
+// Data of an optional contiguous tensor; null when absent.
+const float* optional_floats(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                             const char* meaning, std::initializer_list<int64_t> shape,
+                             const Tensor& first);
+const int32_t* optional_ints(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                             const char* meaning, std::initializer_list<int64_t> shape,
+                             const Tensor& first);
+
+PagedCache paged_cache(const Tensor& cache);
+
+void set_query(DecodeParams& params, const char* op, const Tensor& query, const Tensor& key_cache);
+void set_keys(DecodeParams& params, const char* op, const Tensor& key_cache, const Tensor& first);
+
+// After the keys, and with params.batch set.
+void set_tables(DecodeParams& params, const char* op, const Tensor& block_table,
+                const Tensor& seq_lens, const std::optional<Tensor>& seq_starts,
+                const Tensor& first);
+
+// After the tables and the query.
+void set_logits(DecodeParams& params, const char* op, const LogitArguments& args,
+                const Tensor& first);
+
+// Checks of the data, which the host must be able to read. The visible tokens of a head:
+TokenRange check_length(const DecodeParams& params, const char* op, int64_t batch, int64_t head);
+// The page ids of some of its tokens:
+void check_pages(const DecodeParams& params, const char* op, int64_t batch, int64_t head,
+                 TokenRange tokens);
+
+}  // namespace art

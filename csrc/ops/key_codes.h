@@ -1,0 +1,59 @@
+// encode_keys and guided_walk: from the operators' arguments to parameters. Shared by all devices.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "core/params.h"
+
+namespace art {
+
+using torch::stable::Tensor;
+
+// In the order of the schema.
+struct EncodeArguments {
+  Tensor key_cache;
+  Tensor block_table;
+  Tensor seq_lens;
+  Tensor key_codes;
+  Tensor code_table;
+  std::optional<Tensor> coded_lens;
+  std::optional<bool> checked;
+};
+
+struct GuidedArguments {
+  Tensor query;
+  Tensor key_cache;
+  Tensor block_table;
+  Tensor seq_lens;
+  Tensor key_codes;
+  Tensor code_table;
+  std::optional<double> scale;
+  double softcap;
+  std::optional<Tensor> attn_sinks;
+  int64_t sliding_window;
+  std::optional<Tensor> alibi_slopes;
+  std::optional<Tensor> seq_starts;
+  std::optional<bool> checked;
+};
+
+struct GuidedOutputs {
+  Tensor walk;        // [batch, num_kv_heads, max_units] int32
+  Tensor walk_lens;   // [batch, num_kv_heads] int32
+  Tensor num_pinned;  // [batch, num_kv_heads] int32
+  Tensor log_mass;    // [batch, num_kv_heads, max_units] float32
+};
+
+// Check everything that shapes, dtypes and numbers tell.
+EncodeParams check_encode(const EncodeArguments& args);
+GuidedParams check_guided(const GuidedArguments& args);
+
+GuidedOutputs allocate_outputs(const GuidedArguments& args, GuidedParams& params);
+
+// Check what only the data tell: lengths and page ids. The host must be able to read them.
+void check_values(const EncodeParams& params);
+void check_values(const GuidedParams& params);
+
+}  // namespace art

@@ -1,0 +1,198 @@
+"""Bad input to the guided walk and its codes: what was expected and what came."""
+
+import pytest
+import torch
+from contract import assert_refused
+
+from art_torch import (
+    Stability,
+    decode_attention,
+    encode_keys,
+    guided_walk,
+    key_code_bytes,
+    reference,
+)
+
+BATCH, HQ, HKV, DIM, PAGES, PAGE = 2, 4, 2, 32, 9, 64
+RECORD = key_code_bytes(DIM)
+ENCODERS = [encode_keys, reference.encode_keys]
+GUIDES = [guided_walk, reference.guided_walk]
+which = {"ids": ["operator", "reference"]}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def cache():
+    g = torch.Generator().manual_seed(0)
+    return {
+        "key_cache": torch.randn(PAGES, PAGE, HKV, DIM, generator=g),
+        "block_table": int32([3, 1, 2], [4, 5, 0]),
+        "seq_lens": int32(140, 70),
+        "key_codes": torch.zeros(7, HKV, RECORD, dtype=torch.uint8),
+        "code_table": int32([6, 0, 1], [2, 3, 4]),
+    }
+
+
+def query():
+    return {"query": torch.ones(BATCH, HQ, DIM)}
+
+
+def pool(*shape, dtype=torch.uint8):
+    return {"key_codes": torch.zeros(shape, dtype=dtype)}
+
+
+# Both operators refuse these, and so does the reference. Name: (changes, exception, words)
+OF_THE_CACHE = {
+    "key_rank": ({"key_cache": torch.zeros(PAGES, PAGE, DIM)}, ValueError, "key_cache"),
+    "head_dim": ({"key_cache": torch.zeros(PAGES, PAGE, HKV, 100)}, ValueError, "100"),
+    "table_rank": ({"block_table": int32(3, 1, 2)}, ValueError, "block_table"),
+    "table_int64": ({"block_table": torch.zeros(BATCH, 3).long()}, TypeError, "int64"),
+    "lens_heads": ({"seq_lens": int32([140] * 3, [70] * 3)}, ValueError, "seq_lens"),
+    "lens_int64": ({"seq_lens": torch.tensor([140, 70])}, TypeError, "int64"),
+    "lens_too_long": ({"seq_lens": int32(193, 1)}, ValueError, "193"),
+    "lens_negative": ({"seq_lens": int32(-1, 1)}, ValueError, "-1"),
+    "codes_dtype": (pool(7, HKV, RECORD, dtype=torch.float32), TypeError, "float32"),
+    "codes_rank": (pool(7, RECORD), ValueError, "key_codes"),
+    "codes_heads": (pool(7, HKV + 1, RECORD), ValueError, f"[7, 3, {RECORD}]"),
+    "codes_record": (pool(7, HKV, RECORD + 16), ValueError, f"[7, 2, {RECORD + 16}]"),
+    "code_table_rank": ({"code_table": int32(6, 0, 1)}, ValueError, "code_table"),
+    "code_table_batch": ({"code_table": int32([6, 0, 1])}, ValueError, "code_table"),
+    "code_table_heads": (
+        {"code_table": torch.zeros(BATCH, 3, 3, dtype=torch.int32)}, ValueError, "code_table",
+    ),
+    "code_table_width": ({"code_table": int32([6, 0], [2, 3])}, ValueError, "got 2"),
+    "code_table_int64": ({"code_table": torch.zeros(BATCH, 3).long()}, TypeError, "int64"),
+    "code_id_too_large": ({"code_table": int32([6, 7, 1], [2, 3, 4])}, ValueError, "got 7"),
+    "code_id_negative": ({"code_table": int32([6, 0, 1], [-3, 3, 4])}, ValueError, "got -3"),
+}  # fmt: skip
+
+OF_ENCODE = {
+    "coded_shape": ({"coded_lens": int32(0)}, ValueError, "coded_lens"),
+    "coded_int64": ({"coded_lens": torch.tensor([0, 0])}, TypeError, "int64"),
+    "coded_negative": ({"coded_lens": int32(0, -64)}, ValueError, "-64"),
+    "page_id": ({"block_table": int32([3, 1, 2], [9, 5, 0])}, ValueError, "got 9"),
+    "key_integer": ({"key_cache": torch.zeros(PAGES, PAGE, HKV, DIM).int()}, TypeError, "int32"),
+}
+
+OF_GUIDE = {
+    "query_rank": ({"query": torch.zeros(BATCH, DIM)}, ValueError, "query"),
+    "query_dtype": ({"query": torch.zeros(BATCH, HQ, DIM).half()}, TypeError, "float32"),
+    "query_heads": ({"query": torch.zeros(BATCH, 5, DIM)}, ValueError, "5"),
+    "query_dim": ({"query": torch.zeros(BATCH, HQ, 40)}, ValueError, "40"),
+    "tail_page_id": ({"block_table": int32([3, 1, 9], [4, 5, 0])}, ValueError, "got 9"),
+    "scale": ({"scale": float("nan")}, ValueError, "scale"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
+    "window": ({"sliding_window": 0}, ValueError, "sliding_window"),
+    "sinks": ({"attn_sinks": torch.zeros(3)}, ValueError, "attn_sinks"),
+    "starts_negative": ({"seq_starts": int32(-1, 0)}, ValueError, "-1"),
+    "alibi_per_head_lens": (
+        {"alibi_slopes": torch.ones(HQ), "seq_lens": int32([140, 3], [70, 0])},
+        ValueError,
+        "seq_lens",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", ENCODERS, **which)
+@pytest.mark.parametrize("name", [*OF_THE_CACHE, *OF_ENCODE])
+def test_encode_keys_refuses(name, function):
+    changes, kind, words = {**OF_THE_CACHE, **OF_ENCODE}[name]
+    given = {**cache(), **changes}
+    before = given["key_codes"].clone()
+    assert_refused(function, given, kind, words)
+    if function is encode_keys:  # before anything was written
+        assert torch.equal(given["key_codes"], before)
+
+
+@pytest.mark.parametrize("function", GUIDES, **which)
+@pytest.mark.parametrize("name", [*OF_THE_CACHE, *OF_GUIDE])
+def test_guided_walk_refuses(name, function):
+    changes, kind, words = {**OF_THE_CACHE, **OF_GUIDE}[name]
+    if name == "head_dim":
+        changes = {**changes, "query": torch.zeros(BATCH, HQ, 100)}
+    assert_refused(function, {**query(), **cache(), **changes}, kind, words)
+
+
+def test_page_size_of_a_guided_walk():
+    changes = {
+        "key_cache": torch.zeros(PAGES, 24, HKV, DIM),
+        "code_table": torch.zeros(BATCH, 1, dtype=torch.int32),
+        "seq_lens": int32(10, 10),
+    }
+    for function in GUIDES:
+        assert_refused(function, {**query(), **cache(), **changes}, ValueError, "24")
+
+
+def test_strides_of_records():
+    for codes in (
+        torch.zeros(7, HKV, RECORD + 8, dtype=torch.uint8)[..., :RECORD],
+        torch.zeros(7, HKV, 2 * RECORD, dtype=torch.uint8)[..., ::2],
+        torch.zeros(7, HKV, RECORD + 16, dtype=torch.uint8)[..., 8 : 8 + RECORD],
+    ):
+        given = {**cache(), "key_codes": codes}
+        assert_refused(encode_keys, given, ValueError, "16")
+        assert_refused(guided_walk, {**query(), **given}, ValueError, "16")
+
+
+def test_what_is_not_looked_at_may_be_anything():
+    garbage = 2**31 - 1
+    given = {
+        **cache(),
+        "block_table": int32([3, 1, garbage], [4, garbage, garbage]),
+        "code_table": int32([6, 0, garbage], [2, garbage, garbage]),
+    }
+    encode_keys(**given)
+    given["block_table"] = int32([garbage, garbage, 2], [garbage, 5, garbage])
+    given["key_cache"][[3, 1, 4]] = float("nan")
+    result = guided_walk(**query(), **given)
+    assert result.walk_lens.tolist() == [[9, 9], [5, 5]]
+    assert result.log_mass[0, :, :9].isfinite().all()
+
+
+def attend(**changes):
+    given = {**query(), **cache(), "value_cache": torch.ones(PAGES, PAGE, HKV, DIM)}
+    return decode_attention(**{**given, "walk": "guided", "criterion": Stability(), **changes})
+
+
+def test_decode_attention_with_a_guided_walk():
+    assert attend().tokens_read.shape == (BATCH, HKV)
+    for missing in ("key_codes", "code_table"):
+        with pytest.raises(ValueError, match="encode_keys") as caught:
+            attend(**{missing: None})
+        assert missing in str(caught.value)
+    with pytest.raises(ValueError, match=r"unit_size must be 16.*got 32"):
+        attend(unit_size=32)
+    with pytest.raises(ValueError, match=r"num_pinned must not be given.*got 3"):
+        attend(num_pinned=3)
+    with pytest.raises(ValueError, match="walk_lens must not be given"):
+        attend(walk_lens=int32([1, 1], [1, 1]))
+    with pytest.raises(ValueError, match="guided_walk: key_codes must have shape"):
+        attend(**pool(7, HKV, 64))
+    with pytest.raises(ValueError, match="block_size"):
+        attend(block_size=40)
+
+
+def test_no_gradients():
+    given = {**query(), **cache()}
+    given["query"].requires_grad_()
+    with pytest.raises(ValueError, match="must not require grad"):
+        guided_walk(**given)
+    with pytest.raises(RuntimeError, match="has no backward"):
+        torch.ops.art.guided_walk(*given.values())
+    given["key_cache"].requires_grad_()
+    del given["query"]
+    with pytest.raises(ValueError, match="must not require grad"):
+        encode_keys(**given)
+    with pytest.raises(RuntimeError, match="has no backward"):
+        torch.ops.art.encode_keys(*given.values())
+    with torch.no_grad():
+        encode_keys(**given)
+
+
+def test_key_code_bytes():
+    assert [key_code_bytes(dim) for dim in (32, 40, 128, 256)] == [640, 960, 2560, 5120]
+    for dim in (0, 24, 36, 264):
+        with pytest.raises(ValueError, match=str(dim)):
+            key_code_bytes(dim)

@@ -1,0 +1,188 @@
+"""The order of the units, from key codes."""
+
+import math
+
+import pytest
+import torch
+from cases import BASE, DTYPES, LOOSE, Case, build
+from coded import GUIDED_CASES, UNIT, call_guided, check, guided_inputs, visible_of, with_codes
+from contract import check as check_attention
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from art_torch import Stability, decode_attention, guided_walk, reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+by_name = {"ids": lambda case: case.name}
+by_dtype = {"ids": lambda dtype: str(dtype).removeprefix("torch.")}
+
+LENGTHS = [Case(f"length_{n}", (n,), num_q_heads=6) for n in (127, 128, 129)]
+LARGE = Case("large", (4000, 17, 0, 900, 64, 2500), num_q_heads=8, query_scale=3.0)
+# Tests that only need some of everything.
+SOME = [
+    LARGE,
+    Case("head_pool", ((4000, 17), (900, 2500)), layout="head_pool", head_dim=128),
+    Case(
+        "everything", (4000, 1500), starts=(37, 1400), sinks=True, alibi=True,
+        options={"softcap": 20.0, "sliding_window": 3500},
+    ),
+    Case("tokens_last", (1000, 2023), layout="tokens_last", head_dim=96, num_q_heads=14),
+]  # fmt: skip
+
+
+def walk_of(inputs, codes):
+    return call_guided(guided_walk, inputs, codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("case", [*GUIDED_CASES, *LENGTHS, *SOME], **by_name)
+def test_against_the_reference(case, dtype):
+    inputs = build(case, dtype)
+    total, different = check(inputs, with_codes(inputs))
+    # A share is rounded twice; both roundings seldom fall on the other side.
+    assert different <= 5 + 0.02 * total
+
+
+@pytest.mark.parametrize("criterion", [None, LOOSE, Stability()], ids=["exact", "loose", "default"])
+@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("case", [BASE, *LENGTHS, *SOME], **by_name)
+def test_attention_over_a_guided_walk(case, dtype, criterion):
+    """The walk is one that the operator takes, and its stops are those of the reference."""
+    inputs = build(case, dtype)
+    codes = with_codes(inputs)
+    guided = guided_inputs(inputs, walk_of(inputs, codes))
+    tally = check_attention(guided, criterion)
+    assert tally.pairs == len(case.seq_lens) * case.num_kv_heads
+    options = {**inputs.options, "num_pinned": None, "walk": "guided", "checked": True}
+    result = decode_attention(
+        *inputs.tensors, **options, criterion=criterion, key_codes=codes[0], code_table=codes[1]
+    )
+    for a, b in zip(result, guided.call(decode_attention, criterion=criterion), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", SOME, **by_name)
+def test_pinned_first_and_every_unit_once(case):
+    inputs = build(case, torch.float32)
+    result = walk_of(inputs, with_codes(inputs))
+    for b in range(len(case.seq_lens)):
+        for h in range(case.num_kv_heads):
+            visible = visible_of(inputs, b, h)
+            units = sorted({token // UNIT for token in visible})
+            walk = result.walk[b, h, : result.walk_lens[b, h]].tolist()
+            assert sorted(walk) == units
+            last_group = visible.stop // 64 * 64 - 64  # and all that follows it
+            pinned = [u for u in units if u in units[:4] or u * UNIT >= last_group]
+            assert walk[: result.num_pinned[b, h]] == pinned
+
+
+def test_the_heaviest_unit_comes_first():
+    """One unit holds nearly everything: right after the pinned ones, with a share near 1."""
+    inputs = build(Case("needle", (3000,), num_q_heads=2, num_kv_heads=1), torch.float32)
+    query, keys, _, table, _ = inputs.tensors
+    keys[table[0, 77].long(), 3, 0] = 6 * query[0, 1]
+    result = walk_of(inputs, with_codes(inputs))
+    pinned = int(result.num_pinned[0, 0])
+    assert result.walk[0, 0, pinned] == 77
+    assert -0.05 < result.log_mass[0, 0, pinned] <= 0.02
+
+
+def test_shares_add_up():
+    """With one query head, the shares and that of the sink are those of a softmax."""
+    case = Case("shares", (2000, 333), num_q_heads=2, num_kv_heads=2)
+    inputs = build(case, torch.float32)
+    codes = with_codes(inputs)
+    torch.testing.assert_close(
+        walk_of(inputs, codes).log_mass.exp().sum(-1), torch.ones(2, 2), rtol=0, atol=0.011
+    )
+    inputs.options["attn_sinks"] = torch.full((2,), 50.0)
+    assert (walk_of(inputs, codes).log_mass.exp().sum(-1) < 1e-3).all()
+
+
+def test_equal_units_keep_their_order():
+    inputs = build(Case("equal", (1600,), num_q_heads=2, num_kv_heads=1), torch.float32)
+    inputs.tensors[0].zero_()
+    result = walk_of(inputs, with_codes(inputs))
+    walk = result.walk[0, 0, :100].tolist()
+    assert walk == [0, 1, 2, 3, 96, 97, 98, 99, *range(4, 96)]
+    torch.testing.assert_close(result.log_mass[0, 0, :100], torch.full((100,), -math.log(100)),
+                               rtol=0, atol=0.006)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("case", SOME, **by_name)
+def test_alone_in_any_batch_and_with_any_threads(case, dtype):
+    inputs = build(case, dtype)
+    pool, table = with_codes(inputs)
+    expected = walk_of(inputs, (pool, table))
+    size = len(case.seq_lens)
+    for rows in [[i] for i in range(size)] + [list(range(size))[::-1], [size - 1, 0, 0]]:
+        some = walk_of(inputs.select(rows), (pool, table[rows]))
+        for a, b in zip(some, expected, strict=True):
+            assert torch.equal(a, b[rows])
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            for a, b in zip(walk_of(inputs, (pool, table)), expected, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_extreme_numbers(value):
+    """Nothing is lost or doubled, whatever the keys and queries are."""
+    inputs = build(Case("extreme", (1000,)), torch.float32)
+    query, keys, _, table, _ = inputs.tensors
+    codes = with_codes(inputs)
+    keys[table[0, 61].long(), 5] = value  # not in a complete group
+    query[0, 0, 3] = value
+    result = walk_of(inputs, codes)
+    for h in range(2):
+        assert sorted(result.walk[0, h, :63].tolist()) == list(range(63))
+    assert not result.log_mass.isnan().any()
+
+
+def test_no_sequences():
+    inputs = build(Case("none", (5,)), torch.float32).select([])
+    pool, table = with_codes(inputs)
+    result = walk_of(inputs, (pool, table))
+    assert result.walk.shape == (0, 2, 2)
+    assert result.walk_lens.shape == result.num_pinned.shape == (0, 2)
+
+
+@settings(
+    max_examples=120, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(st.data())
+def test_random_cases(data):
+    draw = data.draw
+    heads, batch = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    options, more = {}, {}
+    if draw(st.booleans()):
+        lens = [tuple(draw(st.integers(0, 400)) for _ in range(heads)) for _ in range(batch)]
+    else:
+        lens = [draw(st.integers(0, 500)) for _ in range(batch)]
+        more["alibi"] = draw(st.booleans())
+        if draw(st.booleans()):
+            options["sliding_window"] = draw(st.integers(1, 600))
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.floats(1.0, 50.0))
+    if draw(st.booleans()):
+        more["starts"] = tuple(draw(st.integers(0, 300)) for _ in range(batch))
+    case = Case(
+        "drawn", tuple(lens), heads * draw(st.integers(1, 17)), heads,
+        head_dim=8 * draw(st.integers(4, 32)),
+        page_size=16 * draw(st.integers(1, 8)),
+        layout=draw(st.sampled_from(["nhd", "hnd", "padded", "dense", "tokens_last", "head_pool"])),
+        per_head_table=draw(st.booleans()), sinks=draw(st.booleans()),
+        query_scale=draw(st.sampled_from([0.1, 1.0, 4.0])), options=options, **more,
+    )  # fmt: skip
+    inputs = build(case, draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)))
+    check(inputs, with_codes(inputs))
+
+
+def test_reference_result_is_usable():
+    """What the reference orders, the reference and the operator read alike."""
+    inputs = build(Case("reference", (700, 90)), torch.float32)
+    expected = call_guided(reference.guided_walk, inputs, with_codes(inputs))
+    check_attention(guided_inputs(inputs, expected), LOOSE)
