@@ -72,13 +72,13 @@ def test_dimensions(dim, dtype):
 def test_bytes_of_a_known_record():
     """The format by hand: where code and grid of a token and channel are."""
     keys = torch.zeros(GROUP, 32)
-    keys[1] = 3.0  # so that every grid has zero 0 and scale 1
-    keys[0, 0] = 1.0
-    keys[8, 17] = 2.0
-    keys[16 + 2, 10] = 3.0
+    keys[1], keys[2] = 45.0, -3.0  # so that every grid has zero 0 and scale 48 * 7/8 / 3
+    keys[0, 0] = 14.0
+    keys[8, 17] = 28.0
+    keys[16 + 2, 10] = 45.0
     record = encode_one(keys).clone()
-    ones = torch.ones(32, dtype=torch.float16).view(torch.uint8)
-    assert torch.equal(record[512:576], ones)  # scales
+    scales = torch.full((32,), 14.0, dtype=torch.float16).view(torch.uint8)
+    assert torch.equal(record[512:576], scales)
     assert (record[576:] == 0).all()  # zeros
     lane_bytes, unit_bytes = 4, 128
     assert (record[4 * lane_bytes : 8 * lane_bytes].view(-1, 2) == torch.tensor([255, 0])).all()
@@ -132,7 +132,7 @@ SPECIAL = {
     "nearly_constant": ramp(1000.3, 1000.301),
     "nan": channels(math.nan),
     "infinite": channels(math.inf, -math.inf, 1.0, math.nan),
-    "ties": channels(0.0, 0.5, 1.5, 2.5, 3.0, 1.0, 2.0, 2.75),
+    "ties": channels(0.0, 0.625, 1.5, 2.375, 3.0, 1.0, 2.0, 2.75),
 }
 
 
@@ -151,9 +151,9 @@ def test_what_special_keys_become():
     assert (decoded("signed_zeros") == 0).all()
     assert ((decoded("constant") - 0.7).abs() < 1e-3).all()
     infinite = decoded("infinite")[:4]
-    assert infinite[0] > 65000
-    assert infinite[1] == -65504
-    assert decoded("ties")[:8].tolist() == [0, 0, 2, 2, 3, 1, 2, 3]
+    assert infinite[0] == -infinite[1] == 57312  # 7/8 of 65504, to float16
+    codes = (decoded("ties")[:8] - 3 / 16) / (7 / 8)
+    assert codes.tolist() == [0, 0, 2, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize("threads", [2, 3])
