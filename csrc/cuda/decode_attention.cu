@@ -65,17 +65,6 @@ cudaError_t resident_blocks(const DecodeParams& params, sm80::Entry entry, int64
   return error;
 }
 
-// ART_CUDA names the newest kernels that may be used; -1: it names none.
-int newest_kernels() {
-  static const int newest = [] {
-    const char* name = std::getenv("ART_CUDA");
-    if (name == nullptr || *name == '\0' || std::strcmp(name, "sm90") == 0) return 90;
-    if (std::strcmp(name, "sm80") == 0) return 80;
-    return std::strcmp(name, "portable") == 0 ? 0 : -1;
-  }();
-  return newest;
-}
-
 struct Plan {
   sm90::Plan sm90;
   sm80::Entry entry;  // null: the portable kernels
@@ -155,6 +144,16 @@ cudaError_t launch_portable(const DecodeParams& params, void* workspace, cudaStr
 }
 
 }  // namespace
+
+int newest_kernels() {
+  static const int newest = [] {
+    const char* name = std::getenv("ART_CUDA");
+    if (name == nullptr || *name == '\0' || std::strcmp(name, "sm90") == 0) return 90;
+    if (std::strcmp(name, "sm80") == 0) return 80;
+    return std::strcmp(name, "portable") == 0 ? 0 : -1;
+  }();
+  return newest;
+}
 
 bool environment_is_valid() { return newest_kernels() >= 0; }
 

@@ -9,8 +9,9 @@
 
 namespace art::cuda {
 
-// Whether the environment variable ART_CUDA, where set, is one of sm90, sm80 and portable: the
-// newest kernels that may be used.
+// The newest kernels that may be used: 90, 80 or 0 for sm90, sm80 or portable in the environment
+// variable ART_CUDA, 90 without it, and -1 if it is none of them.
+int newest_kernels();
 bool environment_is_valid();
 
 // Device memory that a call needs. Known from sizes alone: nothing is read from the device.

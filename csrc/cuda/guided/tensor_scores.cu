@@ -1,0 +1,172 @@
+#include "cuda/guided/tensor_scores.cuh"
+
+#include <algorithm>
+
+#include "cuda/device.h"
+#include "cuda/sizes.h"
+
+namespace art::cuda::guided {
+namespace {
+
+constexpr int32_t kWarpGroups = 16;  // fewer for a warp do not make up for splitting the queries
+
+// How an item is shared out. Its first thread block takes what follows the last complete group.
+struct Split {
+  int32_t blocks;  // for the groups, at most
+  int32_t fill;    // so many are used however few groups there are: they would have nothing to do
+};
+
+// The groups of one warp. Which they are changes no bit: a group's result depends on it alone.
+struct WarpGroups {
+  int32_t begin;
+  int32_t end;
+
+  __device__ WarpGroups(const Target& target, Split split, int32_t block, int32_t warps) {
+    const int32_t groups = target.num_groups();
+    int32_t used = (groups + warps * kWarpGroups - 1) / (warps * kWarpGroups);
+    used = used > split.fill ? used : split.fill;
+    used = used < split.blocks ? used : split.blocks;
+    const int32_t share = (groups + used * warps - 1) / (used * warps);
+    const int32_t number = block * warps + static_cast<int32_t>(threadIdx.x) / 32;
+    // Whoever is beyond the last begins beyond it.
+    const int64_t first = int64_t{number} * share, last = first + share;
+    begin = target.groups.begin + static_cast<int32_t>(first < groups ? first : groups);
+    end = target.groups.begin + static_cast<int32_t>(last < groups ? last : groups);
+  }
+};
+
+// Starts the copy of a record, or of zeros where there is none.
+template <int kSteps>
+__device__ void copy_record(const GuidedParams& guided, const Target& target, int32_t page,
+                            uint8_t* to) {
+  const uint8_t* record = record_inside(guided.codes, page, target.kv_head);
+  const uint8_t* from = record == nullptr ? guided.codes.records : record;
+  constexpr int kPieces = TensorSizes<kSteps>::kRecordBytes / 16;
+#pragma unroll
+  for (int i = 0; i < kPieces; i += 32) {
+    const int piece = i + static_cast<int>(threadIdx.x % 32);
+    if (i + 32 > kPieces && piece >= kPieces) continue;
+    copy_async(to + 16 * piece, from + 16 * piece, record != nullptr);
+  }
+}
+
+template <int kSteps>
+__global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
+    tensor_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
+                  const Split split) {
+  using Sizes = TensorSizes<kSteps>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ float factors[kMaxTiles * kTileHeads];
+  const int32_t block = static_cast<int32_t>(blockIdx.x) % (split.blocks + 1) - 1;
+  const Target target(guided, static_cast<int32_t>(blockIdx.x) / (split.blocks + 1));
+  if (block < 0) {
+    if (!target.has_tail()) return;
+    const int32_t origin = target.visible.end / kGroupTokens * kGroupTokens;
+    score_plainly(guided, target, origin, /*is_coded=*/false, space,
+                  *reinterpret_cast<PlainShared*>(memory));
+    return;
+  }
+  const WarpGroups groups(target, split, block, Sizes::kWarps);
+  if (!__syncthreads_or(groups.begin < groups.end)) return;
+
+  const int32_t* table = code_table_of(guided.codes, target.batch, target.kv_head);
+  const auto page_of_group = [&](int32_t group) { return group < groups.end ? table[group] : -1; };
+  uint8_t* ring = memory + threadIdx.x / 32 * Sizes::kStages * Sizes::kRecordBytes;
+#pragma unroll
+  for (int s = 0; s < Sizes::kStages; ++s) {
+    if (groups.begin + s < groups.end) {
+      copy_record<kSteps>(guided, target, table[groups.begin + s], ring + s * Sizes::kRecordBytes);
+    }
+    sm80::commit_copies();
+  }
+  int32_t page = page_of_group(groups.begin + Sizes::kStages);
+  QueryPair* query = reinterpret_cast<QueryPair*>(memory + Sizes::kRingBytes);
+  const int32_t tiles = (guided.attention.group_size + kTileHeads - 1) / kTileHeads;
+  split_queries<Sizes::kPairs>(guided.attention, target, tiles, factors, query);
+
+  uint8_t* stage = ring;
+  for (int32_t group = groups.begin; group < groups.end; ++group) {
+    sm80::wait_copies<Sizes::kStages - 1>();
+    __syncwarp();  // all lanes' pieces are there
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+      LaneScores scores;
+      const QueryPair* of_tile = query + tile * Sizes::kPairs;
+      const int32_t first_head = tile * kTileHeads + static_cast<int32_t>(threadIdx.x % 4) * 2;
+      multiply_zeros<kSteps>(stage, of_tile, scores.zeros);
+      multiply_codes<kSteps>(stage, of_tile, scores);
+      finish_logits(guided, target, group, first_head, factors, scores);
+      reduce_tile(guided, target, group, first_head, scores, space);
+    }
+    __syncwarp();  // all lanes have read it
+    const int32_t next = group + Sizes::kStages;
+    if (next < groups.end) copy_record<kSteps>(guided, target, page, stage);
+    sm80::commit_copies();
+    page = page_of_group(next + 1);
+    stage += Sizes::kRecordBytes;
+    if (stage == ring + Sizes::kStages * Sizes::kRecordBytes) stage = ring;
+  }
+}
+
+template <int kSteps>
+cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
+  using Sizes = TensorSizes<kSteps>;
+  static ResidencyCache<1> cache;
+  Residency residency;
+  const cudaError_t error = cache.get(
+      0,
+      [](int* blocks) {
+        const cudaError_t failure =
+            cudaFuncSetAttribute(tensor_kernel<kSteps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(Sizes::kSharedBytes));
+        if (failure != cudaSuccess) return failure;
+        return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, tensor_kernel<kSteps>,
+                                                             Sizes::kThreads, Sizes::kSharedBytes);
+      },
+      &residency);
+  if (error != cudaSuccess) return error;
+  const int64_t items = num_items(params.attention);
+  const int64_t groups = params.max_units / kGroupUnits;
+  const int64_t most = (groups + Sizes::kWarps - 1) / Sizes::kWarps;  // a group for each warp
+  const int64_t fill =
+      std::clamp<int64_t>(residency.total() / items, 1, std::max<int64_t>(most, 1));
+  const int64_t busy = (groups + Sizes::kWarps * kWarpGroups - 1) / (Sizes::kWarps * kWarpGroups);
+  const Split split = {static_cast<int32_t>(std::max(fill, busy)), static_cast<int32_t>(fill)};
+  const unsigned blocks = static_cast<unsigned>(items * (split.blocks + 1));
+  tensor_kernel<kSteps>
+      <<<blocks, Sizes::kThreads, Sizes::kSharedBytes, stream>>>(params, space, split);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+bool can_use_tensors(const GuidedParams& params) {
+  switch (params.attention.head_dim) {
+    case 64:
+    case 96:
+    case 128:
+    case 192:
+    case 256:
+      return params.attention.group_size <= kMaxTensorGroup;
+    default:
+      return false;
+  }
+}
+
+cudaError_t score_tensors(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
+  switch (params.attention.head_dim) {
+    case 64:
+      return launch<4>(params, space, stream);
+    case 96:
+      return launch<6>(params, space, stream);
+    case 128:
+      return launch<8>(params, space, stream);
+    case 192:
+      return launch<12>(params, space, stream);
+    case 256:
+      return launch<16>(params, space, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace art::cuda::guided
