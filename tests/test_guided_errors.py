@@ -95,11 +95,16 @@ OF_GUIDE = {
 }
 
 
+def on(device, given):
+    """Arguments where the kernels are."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+
 @pytest.mark.parametrize("function", ENCODERS, **which)
 @pytest.mark.parametrize("name", [*OF_THE_CACHE, *OF_ENCODE])
-def test_encode_keys_refuses(name, function):
+def test_encode_keys_refuses(name, function, device):
     changes, kind, words = {**OF_THE_CACHE, **OF_ENCODE}[name]
-    given = {**cache(), **changes}
+    given = on(device, {**cache(), **changes})
     before = given["key_codes"].clone()
     assert_refused(function, given, kind, words)
     if function is encode_keys:  # before anything was written
@@ -108,11 +113,12 @@ def test_encode_keys_refuses(name, function):
 
 @pytest.mark.parametrize("function", GUIDES, **which)
 @pytest.mark.parametrize("name", [*OF_THE_CACHE, *OF_GUIDE])
-def test_guided_walk_refuses(name, function):
+def test_guided_walk_refuses(name, function, device):
     changes, kind, words = {**OF_THE_CACHE, **OF_GUIDE}[name]
     if name == "head_dim":
         changes = {**changes, "query": torch.zeros(BATCH, HQ, 100)}
-    assert_refused(function, {**query(), **cache(), **changes}, kind, words)
+    given = on(device, {**query(), **cache(), **changes})
+    assert_refused(function, given, kind, words)
 
 
 def test_page_size_of_a_guided_walk():
@@ -136,17 +142,18 @@ def test_strides_of_records():
         assert_refused(guided_walk, {**query(), **given}, ValueError, "16")
 
 
-def test_what_is_not_looked_at_may_be_anything():
+def test_what_is_not_looked_at_may_be_anything(device):
     garbage = 2**31 - 1
     given = {
         **cache(),
         "block_table": int32([3, 1, garbage], [4, garbage, garbage]),
         "code_table": int32([6, 0, garbage], [2, garbage, garbage]),
     }
+    given = on(device, given)
     encode_keys(**given)
-    given["block_table"] = int32([garbage, garbage, 2], [garbage, 5, garbage])
+    given["block_table"] = int32([garbage, garbage, 2], [garbage, 5, garbage]).to(device)
     given["key_cache"][[3, 1, 4]] = float("nan")
-    result = guided_walk(**query(), **given)
+    result = guided_walk(**on(device, query()), **given)
     assert result.walk_lens.tolist() == [[9, 9], [5, 5]]
     assert result.log_mass[0, :, :9].isfinite().all()
 

@@ -36,8 +36,8 @@ def walk_of(inputs, codes):
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", [*GUIDED_CASES, *LENGTHS, *SOME], **by_name)
-def test_against_the_reference(case, dtype):
-    inputs = build(case, dtype)
+def test_against_the_reference(case, dtype, device):
+    inputs = build(case, dtype, device)
     total, different = check(inputs, with_codes(inputs))
     # A share is rounded twice; both roundings seldom fall on the other side.
     assert different <= 5 + 0.02 * total
@@ -46,9 +46,9 @@ def test_against_the_reference(case, dtype):
 @pytest.mark.parametrize("criterion", [None, LOOSE, Stability()], ids=["exact", "loose", "default"])
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", [BASE, *LENGTHS, *SOME], **by_name)
-def test_attention_over_a_guided_walk(case, dtype, criterion):
+def test_attention_over_a_guided_walk(case, dtype, criterion, device):
     """The walk is one that the operator takes, and its stops are those of the reference."""
-    inputs = build(case, dtype)
+    inputs = build(case, dtype, device)
     codes = with_codes(inputs)
     guided = guided_inputs(inputs, walk_of(inputs, codes))
     tally = check_attention(guided, criterion)
@@ -62,8 +62,8 @@ def test_attention_over_a_guided_walk(case, dtype, criterion):
 
 
 @pytest.mark.parametrize("case", SOME, **by_name)
-def test_pinned_first_and_every_unit_once(case):
-    inputs = build(case, torch.float32)
+def test_pinned_first_and_every_unit_once(case, device):
+    inputs = build(case, torch.float32, device)
     result = walk_of(inputs, with_codes(inputs))
     for b in range(len(case.seq_lens)):
         for h in range(case.num_kv_heads):
@@ -76,9 +76,9 @@ def test_pinned_first_and_every_unit_once(case):
             assert walk[: result.num_pinned[b, h]] == pinned
 
 
-def test_the_heaviest_unit_comes_first():
+def test_the_heaviest_unit_comes_first(device):
     """One unit holds nearly everything: right after the pinned ones, with a share near 1."""
-    inputs = build(Case("needle", (3000,), num_q_heads=2, num_kv_heads=1), torch.float32)
+    inputs = build(Case("needle", (3000,), num_q_heads=2, num_kv_heads=1), torch.float32, device)
     query, keys, _, table, _ = inputs.tensors
     keys[table[0, 77].long(), 3, 0] = 6 * query[0, 1]
     result = walk_of(inputs, with_codes(inputs))
@@ -87,32 +87,32 @@ def test_the_heaviest_unit_comes_first():
     assert -0.05 < result.log_mass[0, 0, pinned] <= 0.02
 
 
-def test_shares_add_up():
+def test_shares_add_up(device):
     """With one query head, the shares and that of the sink are those of a softmax."""
     case = Case("shares", (2000, 333), num_q_heads=2, num_kv_heads=2)
-    inputs = build(case, torch.float32)
+    inputs = build(case, torch.float32, device)
     codes = with_codes(inputs)
     torch.testing.assert_close(
-        walk_of(inputs, codes).log_mass.exp().sum(-1), torch.ones(2, 2), rtol=0, atol=0.011
+        walk_of(inputs, codes).log_mass.exp().sum(-1).cpu(), torch.ones(2, 2), rtol=0, atol=0.011
     )
-    inputs.options["attn_sinks"] = torch.full((2,), 50.0)
+    inputs.options["attn_sinks"] = torch.full((2,), 50.0, device=device)
     assert (walk_of(inputs, codes).log_mass.exp().sum(-1) < 1e-3).all()
 
 
-def test_equal_units_keep_their_order():
-    inputs = build(Case("equal", (1600,), num_q_heads=2, num_kv_heads=1), torch.float32)
+def test_equal_units_keep_their_order(device):
+    inputs = build(Case("equal", (1600,), num_q_heads=2, num_kv_heads=1), torch.float32, device)
     inputs.tensors[0].zero_()
     result = walk_of(inputs, with_codes(inputs))
     walk = result.walk[0, 0, :100].tolist()
     assert walk == [0, 1, 2, 3, 96, 97, 98, 99, *range(4, 96)]
-    torch.testing.assert_close(result.log_mass[0, 0, :100], torch.full((100,), -math.log(100)),
+    torch.testing.assert_close(result.log_mass[0, 0, :100].cpu(), torch.full((100,), -math.log(100)),
                                rtol=0, atol=0.006)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", SOME, **by_name)
-def test_alone_in_any_batch_and_with_any_threads(case, dtype):
-    inputs = build(case, dtype)
+def test_alone_in_any_batch_and_with_any_threads(case, dtype, device):
+    inputs = build(case, dtype, device)
     pool, table = with_codes(inputs)
     expected = walk_of(inputs, (pool, table))
     size = len(case.seq_lens)
@@ -128,9 +128,9 @@ def test_alone_in_any_batch_and_with_any_threads(case, dtype):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
-def test_extreme_numbers(value):
+def test_extreme_numbers(value, device):
     """Nothing is lost or doubled, whatever the keys and queries are."""
-    inputs = build(Case("extreme", (1000,)), torch.float32)
+    inputs = build(Case("extreme", (1000,)), torch.float32, device)
     query, keys, _, table, _ = inputs.tensors
     codes = with_codes(inputs)
     keys[table[0, 61].long(), 5] = value  # not in a complete group
@@ -141,8 +141,8 @@ def test_extreme_numbers(value):
     assert not result.log_mass.isnan().any()
 
 
-def test_no_sequences():
-    inputs = build(Case("none", (5,)), torch.float32).select([])
+def test_no_sequences(device):
+    inputs = build(Case("none", (5,)), torch.float32, device).select([])
     pool, table = with_codes(inputs)
     result = walk_of(inputs, (pool, table))
     assert result.walk.shape == (0, 2, 2)
@@ -154,7 +154,7 @@ def test_no_sequences():
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(st.data())
-def test_random_cases(data):
+def test_random_cases(device, data):
     draw = data.draw
     heads, batch = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     options, more = {}, {}
@@ -177,12 +177,13 @@ def test_random_cases(data):
         per_head_table=draw(st.booleans()), sinks=draw(st.booleans()),
         query_scale=draw(st.sampled_from([0.1, 1.0, 4.0])), options=options, **more,
     )  # fmt: skip
-    inputs = build(case, draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 99)))
+    inputs = build(case, draw(st.sampled_from(DTYPES)), device, seed=draw(st.integers(0, 99)))
     check(inputs, with_codes(inputs))
 
 
-def test_reference_result_is_usable():
+def test_reference_result_is_usable(device):
     """What the reference orders, the reference and the operator read alike."""
-    inputs = build(Case("reference", (700, 90)), torch.float32)
+    inputs = build(Case("reference", (700, 90)), torch.float32, device)
     expected = call_guided(reference.guided_walk, inputs, with_codes(inputs))
+    expected = type(expected)(*(t.to(device) for t in expected))
     check_attention(guided_inputs(inputs, expected), LOOSE)

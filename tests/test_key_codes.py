@@ -22,24 +22,25 @@ UNHIDDEN = [case for case in CASES if case.starts is None and "sliding_window" n
 ENCODED = [case for case in UNHIDDEN if case.walk == "sink_recent" and not case.sinks]
 
 
-def encode_one(keys):
+def encode_one(keys, device="cpu"):
     """The record of keys [64, D] from the operator."""
-    pool = empty_pool(1, 1, keys.shape[1])
-    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([GROUP], dtype=torch.int32)
-    encode_keys(keys[None, :, None], table, lens, pool, table)
-    return pool[0, 0]
+    pool = empty_pool(1, 1, keys.shape[1], device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    lens = torch.tensor([GROUP], dtype=torch.int32, device=device)
+    encode_keys(keys.to(device)[None, :, None], table, lens, pool, table)
+    return pool[0, 0].cpu()
 
 
-def assert_record(keys):
-    record = encode_one(keys)
+def assert_record(keys, device):
+    record = encode_one(keys, device)
     assert torch.equal(record, encode_group(keys))
     return record
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", ENCODED, **by_name)
-def test_same_bytes_as_the_reference(case, dtype):
-    inputs = build(case, dtype)
+def test_same_bytes_as_the_reference(case, dtype, device):
+    inputs = build(case, dtype, device)
     _, keys, _, table, lens = inputs.tensors
     pool, code_table = code_arguments(inputs)
     expected = pool.clone()
@@ -56,12 +57,12 @@ def test_same_bytes_as_the_reference(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("dim", DIMS)
-def test_dimensions(dim, dtype):
+def test_dimensions(dim, dtype, device):
     g = torch.Generator().manual_seed(dim)
     keys = (torch.randn(GROUP, dim, generator=g) * torch.rand(dim, generator=g).exp2() + 3).to(
         dtype
     )
-    record = assert_record(keys)
+    record = assert_record(keys, device)
     assert len(record) == key_code_bytes(dim)
     # Two bits an element: within half a step, and what rounding the grid to float16 adds.
     decoded, exact = reference.decode_keys(record, dim), keys.double()
@@ -69,14 +70,14 @@ def test_dimensions(dim, dtype):
     assert ((decoded - exact).abs() <= step / 2 + 2.0**-9 * exact.abs().amax(0)).all()
 
 
-def test_bytes_of_a_known_record():
+def test_bytes_of_a_known_record(device):
     """The format by hand: where code and grid of a token and channel are."""
     keys = torch.zeros(GROUP, 32)
     keys[1], keys[2] = 45.0, -3.0  # so that every grid has zero 0 and scale 48 * 7/8 / 3
     keys[0, 0] = 14.0
     keys[8, 17] = 28.0
     keys[16 + 2, 10] = 45.0
-    record = encode_one(keys).clone()
+    record = encode_one(keys, device).clone()
     scales = torch.full((32,), 14.0, dtype=torch.float16).view(torch.uint8)
     assert torch.equal(record[512:576], scales)
     assert (record[576:] == 0).all()  # zeros
@@ -90,13 +91,13 @@ def test_bytes_of_a_known_record():
     assert torch.equal(record[:512], expected)
 
 
-def test_masked_codes_are_denormals():
+def test_masked_codes_are_denormals(device):
     """What tensor cores rely on: in a word of two fields, codes of tokens t and t + 8 lie under the
     same masks, the latter after one shift; both halves of the word belong to the same lane."""
     g = torch.Generator().manual_seed(0)
     keys = torch.randint(0, 4, (GROUP, 64), generator=g).float()
     keys[0], keys[1] = 0, 3
-    words = encode_one(keys)[: 4 * 32 * 8].clone().view(torch.int32).view(4, 32, 2).long()
+    words = encode_one(keys, device)[: 4 * 32 * 8].clone().view(torch.int32).view(4, 32, 2).long()
     for unit, lane, pair in [(0, 0, 0), (1, 5, 1), (3, 31, 0), (2, 18, 1)]:
         word = int(words[unit, lane, pair]) & 0xFFFFFFFF
         for half, place in [(half, place) for half in range(2) for place in range(4)]:
@@ -138,8 +139,8 @@ SPECIAL = {
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("name", SPECIAL)
-def test_special_keys(name, dtype):
-    record = assert_record(SPECIAL[name].to(dtype))
+def test_special_keys(name, dtype, device):
+    record = assert_record(SPECIAL[name].to(dtype), device)
     assert reference.decode_keys(record, 32).isfinite().all()
 
 
@@ -173,21 +174,31 @@ def test_any_number_of_threads(threads):
 class Decoding:
     """A cache that grows and shrinks, its codes kept up step by step."""
 
-    def __init__(self, draw, per_head):
+    def __init__(self, draw, per_head, device):
         self.draw, self.heads, self.capacity = draw, 2, 320
         self.g = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
         self.page = draw(st.sampled_from([16, 32, 64, 80]))
         layout = draw(st.sampled_from(["nhd", "hnd", "tokens_last", "padded"]))
         pages = self.capacity // self.page
-        self.keys, self.values = empty_caches(layout, 2 * pages + 3, self.page, 2, 40, 40)
+        self.keys, self.values = empty_caches(
+            layout, 2 * pages + 3, self.page, 2, 40, 40, device=device
+        )
         shape = (2, pages)
         self.table = torch.randperm(2 * pages + 3, generator=self.g)[: 2 * pages].view(shape).int()
         groups = self.capacity // GROUP
-        self.pool = empty_pool(2 * groups + 1, 2, 40).clone()
+        self.pool = empty_pool(2 * groups + 1, 2, 40, device=device).clone()
         ids = torch.randperm(2 * groups + 1, generator=self.g)[: 2 * groups]
         self.code_table = ids.view(2, groups).int()
         shape = (2, 2) if per_head else (2,)
         self.lens = torch.zeros(shape, dtype=torch.int32)
+        self.device = device
+
+    def encode(self, pool, coded_lens=None):
+        """With tables and lengths, which are drawn on the CPU, where the keys are."""
+        table, lens, codes = (t.to(self.device) for t in (self.table, self.lens, self.code_table))
+        if coded_lens is not None:
+            coded_lens = coded_lens.to(self.device)
+        encode_keys(self.keys, table, lens, pool, codes, coded_lens=coded_lens)
 
     def grow(self):
         before = self.lens.clone()
@@ -202,8 +213,9 @@ class Decoding:
                 slots[:, h] = self.table[b, tokens // self.page].long() * self.page
                 slots[:, h] += tokens % self.page
                 new = torch.randn(2, len(tokens), 2, 40, generator=self.g)
+                new, slots = new.to(self.device), slots.to(self.device)
                 append_kv(*new, self.keys, self.values, slots)
-        encode_keys(self.keys, self.table, self.lens, self.pool, self.code_table, coded_lens=before)
+        self.encode(self.pool, before)
 
     def crop(self):
         for index in range(self.lens.numel()):
@@ -211,7 +223,7 @@ class Decoding:
 
     def check(self):
         expected = torch.zeros_like(self.pool)
-        encode_keys(self.keys, self.table, self.lens, expected, self.code_table)
+        self.encode(expected)
         for b in range(2):
             for h in range(2):
                 seq_len = self.lens[b] if self.lens.ndim == 1 else self.lens[b, h]
@@ -224,8 +236,8 @@ class Decoding:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(st.data(), st.booleans())
-def test_step_by_step_is_as_at_once(data, per_head):
-    decoding = Decoding(data.draw, per_head)
+def test_step_by_step_is_as_at_once(device, data, per_head):
+    decoding = Decoding(data.draw, per_head, device)
     for _ in range(data.draw(st.integers(1, 6))):
         if data.draw(st.integers(0, 2)) == 0:
             decoding.crop()
@@ -234,11 +246,11 @@ def test_step_by_step_is_as_at_once(data, per_head):
         decoding.check()
 
 
-def test_groups_that_are_coded_are_left_alone():
-    inputs = build(Case("left", (300,)), torch.float32)
+def test_groups_that_are_coded_are_left_alone(device):
+    inputs = build(Case("left", (300,)), torch.float32, device)
     _, keys, _, table, lens = inputs.tensors
     pool, code_table = code_arguments(inputs)
-    coded = torch.tensor([130], dtype=torch.int32)
+    coded = torch.tensor([130], dtype=torch.int32, device=device)
     encode_keys(keys, table, lens, pool, code_table, coded_lens=coded)
     written = (pool != 0xFF).any(-1).any(-1)
     assert sorted(code_table[0, 2:4].tolist()) == written.nonzero().flatten().tolist()

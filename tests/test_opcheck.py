@@ -67,26 +67,27 @@ def guided_arguments(case, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("name", ["everything", "per_head_lens", "layout_dense", "layout_hnd"])
-def test_opcheck_guided_walk(name, dtype):
+def test_opcheck_guided_walk(name, dtype, device):
     (case,) = (case for case in CASES if case.name == name)
-    args, kwargs = guided_arguments(case, dtype, "cpu")
+    args, kwargs = guided_arguments(case, dtype, device)
     torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs)
 
 
-def test_opcheck_encode_keys():
-    keys = torch.randn(8, 16, 2, 40)
-    table = torch.arange(8).view(2, 4).int()
-    lens, coded = torch.tensor([64, 10]).int(), torch.tensor([3, 0]).int()
-    pool = torch.zeros(4, 2, key_code_bytes(40), dtype=torch.uint8)
-    codes = torch.tensor([[2], [0]]).int()
+def test_opcheck_encode_keys(device):
+    keys = torch.randn(8, 16, 2, 40, device=device)
+    pool = torch.zeros(4, 2, key_code_bytes(40), dtype=torch.uint8, device=device)
+    indices = (torch.arange(8).view(2, 4), [64, 10], [3, 0], [[2], [0]])
+    table, lens, coded, codes = (
+        torch.as_tensor(t, dtype=torch.int32, device=device) for t in indices
+    )
     for kwargs in ({}, {"coded_lens": coded}):
         args = (keys, table, lens, pool, codes)
         torch.library.opcheck(torch.ops.art.encode_keys.default, args, kwargs)
 
 
-def test_compile_a_guided_step():
+def test_compile_a_guided_step(device):
     """Encoding, ordering and attention in one graph; the codes are written."""
-    args, _ = guided_arguments(BIG, torch.float32, "cpu")
+    args, _ = guided_arguments(BIG, torch.float32, device)
     query, keys, table, lens, pool, codes = args
 
     def step(query, pool):
