@@ -54,8 +54,12 @@ ART_HD int32_t steps_of_mass(uint64_t mass) {
   // To the nearest step: half a step more, and then down to a whole one.
   constexpr uint64_t kHalfStep = 0x80b1ed50;  // 2^31 * 2^(1/128)
   const uint64_t scaled = (mass >> (exponent - 31)) * kHalfStep >> 31;
+  // How many of the powers 2^(1/64) to 2^1 it reaches: seven comparisons, for they ascend.
   int32_t fraction = 0;
-  while (fraction < 64 && scaled >= 2 * uint64_t{power_of_fraction(63 - fraction)}) ++fraction;
+  for (int32_t more = 64; more > 0; more /= 2) {
+    const int32_t next = fraction + more;
+    if (next <= 64 && scaled >= 2 * uint64_t{power_of_fraction(64 - next)}) fraction = next;
+  }
   return 64 * (exponent - 31) + fraction;
 }
 

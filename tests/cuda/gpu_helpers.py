@@ -50,6 +50,20 @@ def soil(device, byte):
     del blocks
 
 
+def capture(function):
+    """Record one call; capturing fails where it waits for the device or allocates behind torch."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
 class Remembered(Inputs):
     """Inputs whose reference is computed once per criterion, for many results to be checked."""
 

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from cases import Inputs
-from gpu_helpers import EARLY, SPLITS, Large, assert_same_bits, bits, by_dtype, call_split
+from gpu_helpers import (
+    EARLY,
+    SPLITS,
+    Large,
+    assert_same_bits,
+    bits,
+    by_dtype,
+    call_split,
+    capture,
+)
 
 from art_torch import DecodeResult, Stability, append_kv, decode_attention
 
@@ -15,20 +24,6 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.cuda
 
 PAGES, PAGE, MAX_PAGES = 1024, 16, 256
-
-
-def capture(function):
-    """Record one call; capturing fails where it waits for the device or allocates behind torch."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 class Server:

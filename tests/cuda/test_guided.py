@@ -1,0 +1,329 @@
+"""Key codes and guided walks: the bits of the CPU, the same ones always, graphs, long sequences."""
+
+import pytest
+import torch
+from cases import Case, Inputs, build
+from coded import STEPS_PER_NAT, call_guided, check, code_arguments, visible_of, with_codes
+from gpu_helpers import EARLY, Large, bits, by_dtype, capture, same_bits, soil
+
+from art_torch import append_kv, decode_attention, encode_keys, guided_walk, key_code_bytes
+from art_torch._reference_guided import order_units
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.cuda
+
+RUNS = 50
+RAGGED = tuple(512 + (i * 5531) % 3600 for i in range(64))
+SHAPES = [
+    Large("B1", (100_003,)),
+    Large("B4", (16_000, 9_001, 0, 15_999), spare_pages=500),
+    Large("B64", RAGGED, num_q_heads=64),
+    Large("B4_D64", (8_000, 7_001, 1, 5_555), num_kv_heads=32, head_dim=64),
+    Large("B2_D256", (9_000, 3_333), num_q_heads=16, num_kv_heads=1, head_dim=256),
+    Large("B2_plain", (9_000, 3_333), num_q_heads=6, num_kv_heads=2, head_dim=80),
+    Large("B1_wide", (5_000,), num_q_heads=40, num_kv_heads=2),
+]
+by_name = {"ids": lambda shape: shape.name}
+
+
+def encoded(inputs):
+    """Codes of all complete groups, and a table for them."""
+    _, keys, _, table, lens = inputs.tensors
+    pool, code_table = code_arguments(inputs)
+    encode_keys(keys, table, lens, pool, code_table)
+    return pool, code_table
+
+
+def walk_of(inputs, codes):
+    return call_guided(guided_walk, inputs, codes)
+
+
+def on_cpu(inputs):
+    """The same inputs, but for the values, which nobody asks for."""
+    query, keys, _, table, lens = inputs.tensors
+    options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.options.items()}
+    return Inputs((query.cpu(), keys.cpu(), None, table.cpu(), lens.cpu()), options)
+
+
+def steps_by_unit(result, b, h):
+    n = int(result.walk_lens[b, h])
+    units = result.walk[b, h, :n].long().cpu()
+    steps = torch.empty(n, dtype=torch.int64)
+    mass = result.log_mass[b, h, :n].double().cpu()
+    steps[units - units.min()] = (mass * STEPS_PER_NAT).round().long()
+    return steps
+
+
+def assert_like_the_cpu(inputs, codes, result):
+    """Shares of the CPU but for a rounding here and there, and the order that they give."""
+    expected = walk_of(on_cpu(inputs), [t.cpu() for t in codes])
+    assert torch.equal(result.walk_lens.cpu(), expected.walk_lens)
+    assert torch.equal(result.num_pinned.cpu(), expected.num_pinned)
+    for b, h in [(b, h) for b in range(len(result.walk)) for h in range(result.walk.shape[1])]:
+        n = int(result.walk_lens[b, h])
+        assert (result.walk[b, h, n:] == -1).all()
+        if n == 0:
+            continue
+        steps, wanted = (steps_by_unit(r, b, h) for r in (result, expected))
+        away = steps - wanted
+        assert away.abs().max() <= 2
+        # Where the total of a query head is rounded the other way, so are all shares it decides.
+        one_way = bool((away >= 0).all()) or bool((away <= 0).all())
+        assert one_way or (away != 0).sum() <= 5 + 0.02 * n
+        order, _ = order_units(steps, visible_of(inputs, b, h))
+        assert result.walk[b, h, :n].tolist() == order
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], **by_dtype)
+@pytest.mark.parametrize("shape", SHAPES, **by_name)
+def test_like_the_cpu(shape, dtype, gpu):
+    inputs = shape.build(dtype, gpu)
+    pool, code_table = encoded(inputs)
+    host = on_cpu(inputs)
+    expected = torch.full_like(pool, 0xFF, device="cpu")
+    _, keys, _, table, lens = host.tensors
+    encode_keys(keys, table, lens, expected, code_table.cpu())
+    assert torch.equal(pool.cpu(), expected)
+    codes = pool, code_table
+    assert_like_the_cpu(inputs, codes, walk_of(inputs, codes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], **by_dtype)
+@pytest.mark.parametrize("shape", SHAPES, **by_name)
+def test_fifty_runs(shape, dtype, gpu):
+    inputs = shape.build(dtype, gpu)
+    codes = encoded(inputs)
+    expected, same = walk_of(inputs, codes), []
+    for run in range(RUNS):
+        soil(gpu, (0xFF, 0x00, 0x7F)[run % 3])
+        again = encoded(inputs)
+        same.append(torch.equal(again[0], codes[0]))
+        same.append(bool(same_bits(walk_of(inputs, again), expected)))
+    assert all(same), f"differ: {[i for i, s in enumerate(same) if not s]}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], **by_dtype)
+@pytest.mark.parametrize("shape", SHAPES[1:6], **by_name)
+def test_any_batch(shape, dtype, gpu):
+    """Whoever else is in the batch, and however much of the GPU that leaves to a sequence."""
+    inputs = shape.build(dtype, gpu)
+    pool, table = encoded(inputs)
+    expected, size = walk_of(inputs, (pool, table)), len(shape.seq_lens)
+    many = [i % size for i in range(300)]
+    for rows in ([0], [size - 1], list(range(size))[::-1], [0, size - 1, 0], many):
+        some = walk_of(select(inputs, rows), (pool, table[rows]))
+        for a, b in zip(some, expected, strict=True):
+            assert torch.equal(bits(a), bits(b[rows]))
+
+
+def select(inputs, rows):
+    query, keys, values, *tables = inputs.tensors
+    return Inputs((query[rows], keys, values, *(t[rows] for t in tables)), inputs.options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], **by_dtype)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Large("128k", (131_072 + 77,), num_q_heads=8, num_kv_heads=2),
+        Large("300k", (300_001, 140_000), num_q_heads=4, num_kv_heads=1, head_dim=64),
+        Large("plain_200k", (200_000,), num_q_heads=2, num_kv_heads=1, head_dim=72),
+    ],
+    **by_name,
+)
+def test_long_sequences(shape, dtype, gpu):
+    inputs = shape.build(dtype, gpu)
+    codes = encoded(inputs)
+    result = walk_of(inputs, codes)
+    assert_like_the_cpu(inputs, codes, result)
+    for _ in range(5):
+        soil(gpu, 0xFF)
+        assert same_bits(walk_of(inputs, codes), result)
+
+
+@pytest.mark.parametrize("head_dim", [128, 40])
+@pytest.mark.parametrize("batch", [1, 5, 90])
+def test_a_replay_follows_the_lengths(batch, head_dim, gpu):
+    """Encoding, ordering and attention in one graph."""
+    g = torch.Generator().manual_seed(batch)
+    shape = Large("graph", (3000,) * batch, num_q_heads=8, num_kv_heads=2, head_dim=head_dim)
+    inputs = shape.build(torch.bfloat16, gpu)
+    query, keys, values, table, lens = inputs.tensors
+    pool, code_table = code_arguments(inputs)
+    starts, coded = torch.zeros_like(lens), torch.zeros_like(lens)
+
+    def step():
+        encode_keys(keys, table, lens, pool, code_table, coded_lens=coded)
+        walk = guided_walk(query, keys, table, lens, pool, code_table, seq_starts=starts)
+        result = decode_attention(
+            query, keys, values, table, lens, walk=walk.walk, walk_lens=walk.walk_lens,
+            num_pinned=walk.num_pinned, seq_starts=starts, criterion=EARLY,
+        )  # fmt: skip
+        return [*walk, *result]
+
+    graph, outputs = capture(step)
+    for length in (3000, 1, 64, 0, 700, 2999, 3000):
+        some = torch.randint(0, length + 1, (batch,), generator=g).int()
+        some[0] = length
+        lens.copy_(some)
+        starts.copy_(some // 3)
+        coded.zero_()
+        pool.fill_(0xFF)
+        for tensor in outputs:
+            tensor.fill_(7)
+        graph.replay()
+        got, codes = [t.clone() for t in outputs], pool.clone()
+        pool.fill_(0xFF)
+        assert same_bits(step(), got)
+        assert torch.equal(pool, codes)
+        coded.copy_(lens)  # nothing is new: nothing may be written
+        pool.fill_(0xFF)
+        graph.replay()
+        assert (pool == 0xFF).all()
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_decode_steps_in_one_graph(per_head, gpu):
+    """A step that appends a token and encodes what became complete, replayed 200 times."""
+    batch, heads, dim, steps = 3, 2, 64, 200
+    g = torch.Generator(gpu).manual_seed(0)
+    kind = {"dtype": torch.bfloat16, "device": gpu, "generator": g}
+    keys, values = (torch.randn(60, 16, heads, dim, **kind) for _ in range(2))
+    table = torch.randperm(60, device=gpu, generator=g).int().view(batch, 20)
+    code_table = torch.randperm(15, device=gpu, generator=g).int().view(batch, 5)
+    pool = torch.zeros(15, heads, key_code_bytes(dim), dtype=torch.uint8, device=gpu)
+    start = torch.tensor([[0, 63], [64, 100], [1, 119]] if per_head else [0, 63, 119], device=gpu)
+    lens, new = start.int(), torch.zeros(2, batch, heads, dim, dtype=torch.bfloat16, device=gpu)
+
+    def step():
+        before = lens.clone()
+        position = lens.long().view(batch, -1).expand(batch, heads)
+        slots = table.gather(1, position // 16).long() * 16 + position % 16
+        append_kv(*new, keys, values, slots)
+        lens.add_(1)
+        encode_keys(keys, table, lens, pool, code_table, coded_lens=before)
+
+    kept = keys.clone(), values.clone()
+    graph, _ = capture(step)
+    keys.copy_(kept[0])
+    values.copy_(kept[1])
+    lens.copy_(start)
+    pool.zero_()
+    encode_keys(keys, table, lens, pool, code_table)
+    for _ in range(steps):
+        new.copy_(torch.randn(new.shape, generator=g, device=gpu))
+        graph.replay()
+    assert torch.equal(lens.long(), start + steps)
+    expected = torch.zeros_like(pool)
+    encode_keys(keys, table, lens, expected, code_table)
+    assert torch.equal(pool, expected)
+
+
+@pytest.mark.parametrize("head_dim", [128, 72])
+def test_calls_wait_for_what_their_stream_produces(head_dim, gpu):
+    inputs = Large("side", (3000, 700), num_q_heads=8, head_dim=head_dim).build(torch.bfloat16, gpu)
+    codes = encoded(inputs)
+    expected = walk_of(inputs, codes)
+    late = [torch.zeros_like(t) for t in inputs.tensors[:2]]
+    pool, side = torch.zeros_like(codes[0]), torch.cuda.Stream()
+    _, _, values, table, lens = inputs.tensors
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        for buffer, ready in zip(late, inputs.tensors, strict=False):
+            buffer.copy_(ready)
+        encode_keys(late[1], table, lens, pool, codes[1])
+        result = walk_of(Inputs((*late, values, table, lens), inputs.options), (pool, codes[1]))
+        copies = [t.clone() for t in result]
+        for tensor in result:  # nothing of the call may still be under way behind this
+            tensor.zero_()
+    side.synchronize()
+    assert same_bits(copies, expected)
+    assert all((t == 0).all() for t in result)
+
+
+def test_the_host_waits_for_nothing(gpu):
+    inputs = Large("wait", (3000, 100)).build(torch.bfloat16, gpu)
+    pool, code_table = encoded(inputs)
+    _, keys, _, table, lens = inputs.tensors
+
+    def calls():
+        encode_keys(keys, table, lens, pool, code_table)
+        return walk_of(inputs, (pool, code_table))
+
+    calls()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    slept = torch.cuda.Event()
+    slept.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            calls()
+        assert not slept.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+
+def test_two_streams_do_not_disturb_each_other(gpu):
+    calls = [
+        Large("first", (9000, 300)).build(torch.bfloat16, gpu, 0),
+        Large("second", (2000, 7000, 1, 0), head_dim=64).build(torch.bfloat16, gpu, 1),
+    ]
+    codes = [encoded(inputs) for inputs in calls]
+    expected = [walk_of(inputs, c) for inputs, c in zip(calls, codes, strict=True)]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    same = []
+    for _ in range(RUNS):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                same.append(same_bits(walk_of(calls[i], codes[i]), expected[i]))
+    torch.cuda.synchronize()
+    assert all(bool(s) for s in same)
+
+
+@pytest.mark.parametrize("head_dim", [128, 40])
+def test_ids_out_of_range_are_skipped(head_dim, gpu):
+    """Groups without pages or a record are not encoded, and walks over them are walks still."""
+    case = Case("skip", (300, 300), 8, 2, head_dim=head_dim)
+    inputs = build(case, torch.bfloat16, gpu)
+    _, keys, _, table, lens = inputs.tensors
+    pool, code_table = code_arguments(inputs)
+    for bad in (-1, pool.shape[0], 2**31 - 1, -(2**31)):
+        wrong = code_table.clone()
+        wrong[0, 1] = bad
+        pool.fill_(0xFF)
+        encode_keys(keys, table, lens, pool, wrong)
+        untouched = (pool == 0xFF).all(-1).all(-1)
+        written = set(range(len(pool))) - set(untouched.nonzero().flatten().tolist())
+        groups = [(b, i) for b in range(2) for i in range(4) if (b, i) != (0, 1)]
+        assert written == {int(code_table[b, i]) for b, i in groups}
+        result = walk_of(inputs, (pool, wrong))
+        assert sorted(result.walk[0, 0, :19].tolist()) == list(range(19))
+        pages = table.clone()
+        pages[1, 5] = bad  # of group 1
+        pool.fill_(0xFF)
+        encode_keys(keys, pages, lens, pool, code_table)
+        assert (pool[code_table[1, 1].long()] == 0xFF).all()
+        assert (pool[code_table[1, 2].long()] != 0xFF).any()
+
+
+def test_small_cases_under_every_split(gpu):
+    """One sequence or hundreds of the same: the schedule changes no bit, and all pass the check."""
+    for case in (
+        Case("heads", (700, 129), 32, 2, head_dim=128),
+        Case("softcap", (900, 65), 8, 1, head_dim=192, options={"softcap": 15.0}, sinks=True),
+        Case("window", (2000, 64), 12, 4, head_dim=96, options={"sliding_window": 333}),
+    ):
+        inputs = build(case, torch.float16, gpu)
+        codes = with_codes(inputs)
+        check(inputs, codes)
+        expected = walk_of(inputs, codes)
+        rows = [0, 1] * 200
+        many = walk_of(inputs.select(rows), (codes[0], codes[1][rows]))
+        for a, b in zip(many, expected, strict=True):
+            assert torch.equal(bits(a), bits(b[rows]))
