@@ -10,6 +10,7 @@ undefined: there the process only has to survive.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -18,10 +19,18 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import torch  # noqa: E402
 from cases import LOOSE, Case, Inputs, build, empty_caches  # noqa: E402
+from coded import call_guided, code_arguments, with_codes  # noqa: E402
+from coded import check as check_walk  # noqa: E402
 from contract import check  # noqa: E402
 from gpu_helpers import call_split  # noqa: E402
 
-from art_torch import append_kv, decode_attention, reference  # noqa: E402
+from art_torch import (  # noqa: E402
+    append_kv,
+    decode_attention,
+    encode_keys,
+    guided_walk,
+    reference,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 D128, D64, D96, D256 = ({"head_dim": d, "value_dim": d} for d in (128, 64, 96, 256))
@@ -64,6 +73,20 @@ CALLS = [
 ]
 
 
+# (case, dtype): on tensor cores with one and two tiles of heads, and in plain arithmetic.
+WALKS = [
+    (Case("walk", (1500, 130, 0), 8, 2, **D128), BF16),
+    (Case("walk_two_tiles", (700, 64), 24, 2, sinks=True, **D64), FP16),
+    (
+        Case("walk_everything", (600, 133), 8, 2, starts=(150, 20), alibi=True,
+             options={"softcap": 20.0, "sliding_window": 300}, **D96),
+        BF16,
+    ),
+    (Case("walk_large_rows", (300, 70), 6, 2, layout="hnd", page_size=32, **D256), BF16),
+    (Case("walk_plain", (300, 17), 40, 2, head_dim=40, layout="tokens_last"), FP32),
+]  # fmt: skip
+
+
 def run_calls(device: torch.device) -> None:
     for case, dtype, criterion, num_splits in CALLS:
         host, inputs = build(case, dtype, "cpu"), build(case, dtype, device)
@@ -87,6 +110,44 @@ def run_appends(device: torch.device) -> None:
         for ours, theirs in zip(caches[1], caches[0], strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
         print(f"ok append {layout}", flush=True)
+
+
+def run_walks(device: torch.device) -> None:
+    for case, dtype in WALKS:
+        inputs = build(case, dtype, device)
+        codes = with_codes(inputs)
+        expected = with_codes(build(case, dtype, "cpu"))
+        torch.testing.assert_close(codes[0].cpu(), expected[0], rtol=0, atol=0)
+        check_walk(inputs, codes)
+        print(f"ok {case.name}", flush=True)
+
+
+def run_walks_out_of_range(device: torch.device) -> None:
+    for dtype, dim in ((BF16, 128), (FP16, 64), (FP32, 40)):
+        inputs = build(Case("bad", (500, 130), 8, 2, head_dim=dim), dtype, device)
+        query, keys, values, table, lens = inputs.tensors
+        pool, codes = code_arguments(inputs)
+        capacity = table.shape[1] * 16
+        changes = [{"seq_starts": torch.full_like(lens, -100)}]
+        for page in (-1, 10**6, 2**31 - 1, -(2**31)):
+            for name, ids in (("table", table), ("codes", codes)):
+                bad = ids.clone()
+                bad[:, ::3] = page
+                changes.append({name: bad})
+        for length in (capacity + 1, 10**6, 2**31 - 1, -1, -(2**31)):
+            changes.append({"lens": torch.full_like(lens, length)})
+            changes.append({"coded_lens": torch.full_like(lens, length)})
+        for change in changes:
+            tables = change.get("table", table), change.get("lens", lens)
+            records = pool, change.get("codes", codes)
+            coded = change.get("coded_lens")
+            encode_keys(keys, *tables, *records, coded_lens=coded, checked=False)
+            more = {k: v for k, v in change.items() if k == "seq_starts"}
+            bad_inputs = Inputs((query, keys, values, *tables), more)
+            call_guided(functools.partial(guided_walk, checked=False), bad_inputs, records)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        print(f"ok walks {dtype} {dim}: {len(changes)} bad calls", flush=True)
 
 
 def run_out_of_range(device: torch.device) -> None:
@@ -138,9 +199,11 @@ def main() -> None:
     device = torch.device(arguments.device)
     if arguments.out_of_range:
         run_out_of_range(device)
+        run_walks_out_of_range(device)
     else:
         run_calls(device)
         run_appends(device)
+        run_walks(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("all calls done")

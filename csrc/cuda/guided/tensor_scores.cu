@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
       LaneScores scores;
       const QueryPair* of_tile = query + tile * Sizes::kPairs;
       const int32_t first_head = tile * kTileHeads + static_cast<int32_t>(threadIdx.x % 4) * 2;
-      multiply_zeros<kSteps>(stage, of_tile, scores.zeros);
-      multiply_codes<kSteps>(stage, of_tile, scores);
+      multiply<kSteps>(stage, of_tile, scores);
       finish_logits(guided, target, group, first_head, factors, scores);
       reduce_tile(guided, target, group, first_head, scores, space);
     }

@@ -69,30 +69,6 @@ struct LaneScores {
   float codes_factor;  // what the sums of codes have to be multiplied by
 };
 
-// <query, zero> of a group for a tile of heads: all rows are equal.
-template <int kSteps>
-__device__ void multiply_zeros(const uint8_t* record, const QueryPair* query, float (&sums)[4]) {
-  using Sizes = TensorSizes<kSteps>;
-  constexpr int kPairs = Sizes::kPairs;
-  const int lane = threadIdx.x % 32;
-  const uint8_t* zeros = record + kGroupUnits * Sizes::kUnitBytes + Sizes::kGridBytes;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
-#pragma unroll
-  for (int p = 0; p < kPlaces; p += 2) {
-    uint32_t zero[kPairs], next[kPairs];
-    load_words(zeros + (p * 4 + lane % 4) * 4 * kPairs, zero);
-    load_words(zeros + ((p + 1) * 4 + lane % 4) * 4 * kPairs, next);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const PlaceWords &high = query[j].high[lane], &low = query[j].low[lane];
-      const uint32_t a[4] = {zero[j], zero[j], next[j], next[j]};
-      HalfMma::run(sums, a, high.at[p], high.at[p + 1]);
-      HalfMma::run(sums, a, low.at[p], low.at[p + 1]);
-    }
-  }
-}
-
 // The largest scale of a record, as float16 bits, for all lanes.
 template <int kSteps>
 __device__ uint32_t largest_scale(const uint8_t* scales) {
@@ -112,27 +88,25 @@ __device__ uint32_t largest_scale(const uint8_t* scales) {
   return low > high ? low : high;
 }
 
-// <query * scale, code> of a group for a tile of heads. Some pairs of steps at a time, for all of
-// them need more registers than there are.
+// <query, zero> and <query * scale, code> of a group for a tile of heads. Some pairs of steps at a
+// time, for all of them need more registers than there are.
 template <int kSteps>
-__device__ void multiply_codes(const uint8_t* record, const QueryPair* query, LaneScores& scores) {
+__device__ void multiply(const uint8_t* record, const QueryPair* query, LaneScores& scores) {
   using Sizes = TensorSizes<kSteps>;
   constexpr int kPairs = Sizes::kPairs, kAtOnce = Sizes::kPairsAtOnce;
   const int lane = threadIdx.x % 32;
   const uint8_t* scales = record + kGroupUnits * Sizes::kUnitBytes;
   const ScaleFactors factors(largest_scale<kSteps>(scales));
+  scores = {};
   scores.codes_factor = power_of_two(24 - factors.exponent);
-#pragma unroll
-  for (int u = 0; u < kGroupUnits; ++u) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scores.codes[u][i] = 0.0f;
-  }
 #pragma unroll 1
   for (int first = 0; first < kPairs; first += kAtOnce) {
-    uint32_t scale[kPlaces][kAtOnce], code[kGroupUnits][kAtOnce];
+    uint32_t scale[kPlaces][kAtOnce], zero[kPlaces][kAtOnce], code[kGroupUnits][kAtOnce];
 #pragma unroll
     for (int p = 0; p < kPlaces; ++p) {
-      load_words(scales + ((p * 4 + lane % 4) * kPairs + first) * 4, scale[p]);
+      const uint8_t* of_lane = scales + ((p * 4 + lane % 4) * kPairs + first) * 4;
+      load_words(of_lane, scale[p]);
+      load_words(of_lane + Sizes::kGridBytes, zero[p]);
     }
 #pragma unroll
     for (int u = 0; u < kGroupUnits; ++u) {
@@ -141,6 +115,12 @@ __device__ void multiply_codes(const uint8_t* record, const QueryPair* query, La
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       PlaceWords high = query[first + j].high[lane], low = query[first + j].low[lane];
+#pragma unroll
+      for (int p = 0; p < kPlaces; p += 2) {  // all rows of A are equal
+        const uint32_t a[4] = {zero[p][j], zero[p][j], zero[p + 1][j], zero[p + 1][j]};
+        HalfMma::run(scores.zeros, a, high.at[p], high.at[p + 1]);
+        HalfMma::run(scores.zeros, a, low.at[p], low.at[p + 1]);
+      }
 #pragma unroll
       for (int p = 0; p < kPlaces; ++p) {
         const __half2 scaled = __hmul2_rn(unpack(scale[p][j]), factors.of_place(p));
@@ -195,37 +175,48 @@ __device__ inline void finish_logits(const GuidedParams& guided, const Target& t
   }
 }
 
-// Log-sum-exp of the group's units for a tile of heads, from their logits.
+// Part of a unit: its largest logit, to base 2, and what the probabilities relative to it add up
+// to.
+struct UnitPart {
+  float max;
+  float sum;
+};
+
+__device__ inline UnitPart merge(const UnitPart& a, const UnitPart& b) {
+  const float max = fmaxf(a.max, b.max), reference = reference_of(max);
+  return {max, fmaf(a.sum, power_of_2(a.max - reference), b.sum * power_of_2(b.max - reference))};
+}
+
+// Log-sum-exp of the group's units for a tile of heads, from their logits. The eight rows of lanes
+// have parts of eight sums (four units of two heads): each exchange halves what a lane is left
+// with, until it has all of one.
 __device__ inline void reduce_tile(const GuidedParams& guided, const Target& target, int32_t group,
                                    int32_t first_head, const LaneScores& scores,
                                    const Workspace& space) {
   const int row = threadIdx.x % 32 / 4;
-  // Each of the eight rows of lanes stores one unit of one of the lane's two heads.
-  float max_of_row = -INFINITY, sum_of_row = 0.0f;
+  UnitPart parts[2 * kGroupUnits];
 #pragma unroll
   for (int i = 0; i < 2 * kGroupUnits; ++i) {
     const float* x = scores.codes[i % kGroupUnits] + i / kGroupUnits;
-    float max = fmaxf(x[0], x[2]);
+    parts[i] = merge({x[0] * kLog2e, 1.0f}, {x[2] * kLog2e, 1.0f});
+  }
 #pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
-      max = fmaxf(max, __shfl_xor_sync(~0u, max, distance));
-    }
-    const float offset = -reference_of(max) * kLog2e;
-    float sum = power_of_2(fmaf(x[0], kLog2e, offset)) + power_of_2(fmaf(x[2], kLog2e, offset));
+  for (int half = kGroupUnits; half > 0; half /= 2) {
+    const bool keeps_second = (row & half) != 0;
 #pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
-      sum += __shfl_xor_sync(~0u, sum, distance);
-    }
-    if (row == i) {
-      max_of_row = max;
-      sum_of_row = sum;
+    for (int i = 0; i < half; ++i) {
+      const UnitPart kept = keeps_second ? parts[i + half] : parts[i];
+      const UnitPart sent = keeps_second ? parts[i] : parts[i + half];
+      const UnitPart received = {__shfl_xor_sync(~0u, sent.max, 4 * half),
+                                 __shfl_xor_sync(~0u, sent.sum, 4 * half)};
+      parts[i] = merge(kept, received);
     }
   }
   const int32_t g = first_head + row / kGroupUnits;
   if (g >= guided.attention.group_size) return;
   const int64_t head = int64_t{target.index} * guided.attention.group_size + g;
   space.unit_lse[head * space.unit_stride + group * kGroupUnits + row % kGroupUnits] =
-      lse_steps(max_of_row, sum_of_row);
+      quantise_steps((parts[0].max + __log2f(parts[0].sum)) * 64.0f);
 }
 
 }  // namespace art::cuda::guided
