@@ -293,7 +293,8 @@ def test_ids_out_of_range_are_skipped(head_dim, gpu):
     inputs = build(case, torch.bfloat16, gpu)
     _, keys, _, table, lens = inputs.tensors
     pool, code_table = code_arguments(inputs)
-    for bad in (-1, pool.shape[0], 2**31 - 1, -(2**31)):
+    beyond = max(pool.shape[0], keys.shape[0])
+    for bad in (-1, beyond, 2**31 - 1, -(2**31)):
         wrong = code_table.clone()
         wrong[0, 1] = bad
         pool.fill_(0xFF)
