@@ -13,6 +13,10 @@ Writes ``results/gpu-<device>.json``, one row per case and implementation, and a
     art_half        thresholds that every block meets, and a patience that ends half way
     art_fifth       the same after a fifth
     art_uneven      one threshold per head: the heads stop one after the other, all the way
+    art_guided_walk the order of a guided walk: scores from key codes, and sorting; its bytes are
+                    those of the codes, which `read` is the ceiling for
+    art_guided_10   the whole step of a guided walk (scores, order, attention) that ends after
+                    10 % of the tokens; also 15 and 25
     art_invariant   art_dense with batch_invariant=True
     art_oldest      art_dense with walk="oldest_first"
     flashinfer_fa2  FlashInfer's decode on tensor cores, its plan not timed

@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_guided import num_coded_inputs, prepare_step, prepare_walk
 from gpu_inputs import DTYPE, Inputs, error_of_contiguous, error_of_paged
-from gpu_points import BLOCK, FRACTIONS, num_inputs, stop_after
+from gpu_points import (
+    BLOCK,
+    CODE_FRACTION,
+    FRACTIONS,
+    GUIDED_FRACTIONS,
+    num_inputs,
+    stop_after,
+)
 from gpu_timing import Calls
 from torch import Tensor
 
@@ -248,6 +256,10 @@ def prepare(name: str, inputs: Inputs) -> Prepared:
     Raises:
         Exception: What the implementation raised where it does not support the point.
     """
+    if name == "art_guided_walk" or name in GUIDED_FRACTIONS:
+        guided = prepare_step(name, inputs) if name in GUIDED_FRACTIONS else prepare_walk(inputs)
+        calls, *rest = guided
+        return Prepared([calls], *rest)
     if name.startswith("art_"):
         return prepare_art(name, inputs)
     if name == "read":
@@ -264,4 +276,7 @@ def inputs_needed(point_bytes: int, names: list[str]) -> int:
     least = min([FRACTIONS.get(name, 1.0) for name in names])
     # A stop may read a little less than its fraction, and uneven ones are only known later.
     least = min(least / 1.25, 0.25 if "art_uneven" in names else 1.0)
-    return num_inputs(max(1, int(least * point_bytes)))
+    count = num_inputs(max(1, int(least * point_bytes)))
+    if any(name.startswith("art_guided_") for name in names):
+        count = max(count, num_coded_inputs(max(1, int(CODE_FRACTION * point_bytes))))
+    return count

@@ -20,6 +20,8 @@ MANY_INPUTS = 8
 L2_BYTES = 256e6  # several times the cache of any GPU this runs on
 
 FRACTIONS = {"art_half": 1 / 2, "art_fifth": 1 / 5}
+GUIDED_FRACTIONS = {"art_guided_10": 0.10, "art_guided_15": 0.15, "art_guided_25": 0.25}
+CODE_FRACTION = 2560 / (64 * 512)  # of key codes in the bytes of a cache
 EVERYWHERE = ("read", "art_dense", "art_never", "flashinfer_fa2", "flashinfer_xqa")
 CONTIGUOUS = ("cudnn", "sdpa_flash")
 
@@ -145,6 +147,8 @@ class Point:
         names = list(EVERYWHERE)
         if not self.ragged:
             names += FRACTIONS
+        if not self.ragged and self.page_size == 16:
+            names += ["art_guided_walk", *GUIDED_FRACTIONS]
         if not self.ragged and self.page_size == 16:
             names += CONTIGUOUS
         return names + [f"art_{extra}" for extra in self.extras]
