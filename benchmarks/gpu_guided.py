@@ -53,9 +53,10 @@ def code_bytes(inputs: Inputs) -> int:
     return groups * point.num_kv_heads * art_torch.key_code_bytes(point.head_dim)
 
 
-def encode(inputs: Inputs, count: int) -> Coded:
-    """Codes of the first ``count`` inputs."""
+def encode(inputs: Inputs, num_bytes: int) -> Coded:
+    """Codes of the inputs that take turns, where one call reads ``num_bytes``."""
     point, device = inputs.point, inputs.pool.device
+    count = min(num_coded_inputs(num_bytes), len(inputs.queries)) if device.type == "cuda" else 2
     groups = inputs.block_tables.shape[-1] * point.page_size // GROUP
     order = torch.randperm(point.batch * groups, generator=torch.Generator().manual_seed(0))
     table = order.view(point.batch, groups).to(device, torch.int32)
@@ -120,7 +121,7 @@ def kernel_times(calls: Calls) -> str:
 def prepare_walk(inputs: Inputs) -> tuple[Calls, int, float | None, str]:
     """Scores and order alone; the bytes are those of the codes, for the ceiling is to read them."""
     num_bytes = code_bytes(inputs)
-    coded = encode(inputs, min(num_coded_inputs(num_bytes), len(inputs.queries)))
+    coded = encode(inputs, num_bytes)
     calls: list[Callable[[], Any]] = [partial(coded.walk, i) for i in range(len(coded.pools))]
     lens = calls[0]().walk_lens
     if not torch.equal(lens, -(-inputs.seq_lens[:, None] // UNIT).expand_as(lens)):
@@ -134,7 +135,7 @@ def prepare_step(name: str, inputs: Inputs) -> tuple[Calls, int, float | None, s
     point = inputs.point
     patience, tokens = stop_after(point.tokens, GUIDED_FRACTIONS[name])
     num_bytes = tokens * point.batch * point.num_kv_heads * point.token_bytes + code_bytes(inputs)
-    coded = encode(inputs, min(num_coded_inputs(num_bytes), len(inputs.queries)))
+    coded = encode(inputs, num_bytes)
     result = step(coded, patience, 0)
     if not (result.tokens_read == tokens).all():
         raise RuntimeError(f"expected {tokens} tokens read, got {result.tokens_read.tolist()}")
