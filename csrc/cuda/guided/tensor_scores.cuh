@@ -1,6 +1,7 @@
 // Log-sum-exp of units from key codes on tensor cores: tokens are the rows of an instruction, query
 // heads its columns. Each warp streams the records of neighbouring groups through a ring of its own
-// in shared memory, and waits for no other warp.
+// in shared memory, and waits for no other warp. A group's result depends on nothing but its record
+// and its queries: not on the warp, the place in the ring or the thread block.
 #pragma once
 
 #include <cstdint>
@@ -61,8 +62,7 @@ __device__ void load_words(const uint8_t* from, uint32_t (&to)[kWords]) {
   }
 }
 
-// Sums of one lane over the channels: tokens lane / 4 and that + 8, heads 2 (lane % 4) and the
-// next.
+// Sums of one lane over the channels: tokens lane / 4 and 8 further, heads 2 (lane % 4) and next.
 struct LaneScores {
   float codes[kGroupUnits][4];
   float zeros[4];
@@ -175,8 +175,7 @@ __device__ inline void finish_logits(const GuidedParams& guided, const Target& t
   }
 }
 
-// Part of a unit: its largest logit, to base 2, and what the probabilities relative to it add up
-// to.
+// Part of a unit: its largest logit, to base 2, and the sum of the probabilities relative to it.
 struct UnitPart {
   float max;
   float sum;
