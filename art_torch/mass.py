@@ -22,9 +22,9 @@ class MassRead(NamedTuple):
     Attributes:
         true: float64 ``[layers]``, mean over steps, rows and query heads.
         lowest: float64 ``[layers]``, of the query head and step that missed most.
-        estimated: float64 ``[layers]``, mean over the guided steps, rows and KV heads of the
-            estimate by key codes: the largest over the query heads of the KV head, at most 1. NaN
-            where no step was guided.
+        estimated: float64 ``[layers]``, mean over the guided steps, rows and KV heads of what the
+            key codes say: the sum of ``exp(log_mass)`` over the units read, divided by that over
+            all units. NaN where no step was guided.
     """
 
     true: Tensor
@@ -62,17 +62,14 @@ def mass_read(arguments: dict[str, Any], result: DecodeResult) -> tuple[Tensor, 
         result: What it returned.
 
     Returns:
-        True share of the softmax mass that was read, float32 ``[batch, num_q_heads]``, attention
-        sinks counted as mass that is not read; and for a guided walk the estimated share, float32
-        ``[batch, num_kv_heads]``, else None. Rows without a visible token count as read.
+        True share of the softmax mass of all visible tokens that was read, float32
+        ``[batch, num_q_heads]``; and for a guided walk the estimated share, float32
+        ``[batch, num_kv_heads]``, else None. Attention sinks are left out. Rows without a visible
+        token count as read.
     """
     everything = dict(arguments, criterion=None, walk="oldest_first", num_pinned=None)
     total = decode_attention(**everything).lse
-    is_empty = total == -torch.inf
-    sinks = arguments.get("attn_sinks")
-    if sinks is not None:  # log_mass is a share of a total with sinks as well
-        total = torch.logaddexp(total, sinks.to(total.dtype))
-    true = (result.lse - total).exp().masked_fill(is_empty, 1.0)
+    true = (result.lse - total).exp().masked_fill(total == -torch.inf, 1.0)
     if not (isinstance(arguments["walk"], str) and arguments["walk"] == "guided"):
         return true, None
     logits = {name: arguments[name] for name in _LOGIT_ARGUMENTS if name in arguments}
@@ -82,6 +79,7 @@ def mass_read(arguments: dict[str, Any], result: DecodeResult) -> tuple[Tensor, 
         # The first unit is pinned, and may have fewer visible tokens; so may the last one.
         tokens = tokens + (starts % UNIT_TOKENS)[:, None]
     units = torch.div(tokens + UNIT_TOKENS - 1, UNIT_TOKENS, rounding_mode="floor")
+    # Log masses are largest over the query heads, so they add up to more than 1.
     sums = guided.log_mass.exp().cumsum(-1)
-    estimated = sums.gather(-1, (units - 1).clamp(min=0)[..., None])[..., 0].clamp(max=1.0)
-    return true, estimated.masked_fill(tokens == 0, 1.0)
+    estimated = sums.gather(-1, (units - 1).clamp(min=0)[..., None])[..., 0] / sums[..., -1]
+    return true, estimated.masked_fill(result.tokens_read == 0, 1.0)
