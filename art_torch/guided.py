@@ -49,6 +49,18 @@ class GuidedWalk(NamedTuple):
     log_mass: Tensor
 
 
+def require_guided_device(device: torch.device) -> None:
+    """Refuses devices that have no kernels for key codes.
+
+    Raises:
+        NotImplementedError: It is not the CPU.
+    """
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"the guided walk runs on the CPU so far, got {device}: use another walk there"
+        )
+
+
 def key_code_bytes(head_dim: int) -> int:
     """Returns the size of a record: the codes of 64 tokens of one KV head.
 
