@@ -15,10 +15,11 @@ from art_torch._operators import (
     register,
     window_argument,
 )
-from art_torch.criterion import Stability
+from art_torch.criterion import Criterion, Rules, rules_of
 from art_torch.guided import UNIT_TOKENS, guided_walk
 
-_STABILITY = 1
+# Bits of the operator's argument `criterion`.
+_STABILITY, _RESIDUAL_MASS, _ALL_AGREE = 1, 2, 8
 _DECODE_TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens")
 _APPEND_TENSORS = ("key", "value", "key_cache", "value_cache", "slot_mapping")
 
@@ -31,8 +32,8 @@ class DecodeResult(NamedTuple):
         lse: ``[batch, num_q_heads]`` float32. Natural logarithm of the sum of exponentials over
             the tokens read, attention sinks excluded; ``-inf`` where nothing was read.
         tokens_read: ``[batch, num_kv_heads]`` int32. Visible tokens that were used.
-        stop_block: ``[batch, num_kv_heads]`` int32. Index of the block that completed the
-            patience, -1 where that never happened.
+        stop_block: ``[batch, num_kv_heads]`` int32. Index of the block after which the criterion
+            stopped reading (also when it is the last one), -1 where it never did.
     """
 
     out: Tensor
@@ -48,7 +49,7 @@ def decode_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
-    criterion: Stability | None = None,
+    criterion: Criterion | None = None,
     walk: str | Tensor = "sink_recent",
     walk_lens: Tensor | None = None,
     num_pinned: int | Tensor | None = None,
@@ -62,6 +63,7 @@ def decode_attention(
     seq_starts: Tensor | None = None,
     key_codes: Tensor | None = None,
     code_table: Tensor | None = None,
+    log_rest: Tensor | None = None,
     batch_invariant: bool = False,
     checked: bool | None = None,
     out: DecodeResult | None = None,
@@ -84,7 +86,9 @@ def decode_attention(
         block_table: ``[batch, max_pages]`` or ``[batch, num_kv_heads, max_pages]`` int32 page ids.
             Entries of pages without a visible token are never read.
         seq_lens: ``[batch]`` or ``[batch, num_kv_heads]`` int32, tokens present.
-        criterion: :class:`~art_torch.Stability`, or None to read the whole walk.
+        criterion: :class:`~art_torch.Stability`, :class:`~art_torch.ResidualMass` (on the CPU so
+            far, with a guided or an explicit walk), both joined by ``|`` or ``&``, or None to read
+            the whole walk.
         walk: ``"sink_recent"`` (the first 64 tokens, then from the newest backwards),
             ``"recent_first"``, ``"oldest_first"``, ``"guided"`` (the order that
             :func:`guided_walk` finds; needs ``key_codes`` and ``code_table``), or int32 unit
@@ -105,6 +109,11 @@ def decode_attention(
         seq_starts: ``[batch]`` int32, first visible token (left padding).
         key_codes: Codes of the keys for the guided walk, see :func:`encode_keys`.
         code_table: Where the codes of each 64 tokens are, see :func:`encode_keys`.
+        log_rest: ``[batch, num_q_heads, max_units]``, for ``ResidualMass`` with an explicit
+            ``walk``: natural logarithm of the sum of exponentials, as in ``lse``, over all that the
+            walk has after its entry i; ``-inf`` for nothing. What counts after a block is the value
+            at the entry of its last unit; entries without a visible token, which are dropped, and
+            those from ``walk_lens`` on may hold anything. The guided walk brings its own.
         batch_invariant: The bits of a sequence's result do not depend on the batch. On the CPU
             this is always so; on a GPU it costs a few percent.
         checked: Also checks what costs time (on the CPU: units listed twice). Default: the
@@ -122,6 +131,7 @@ def decode_attention(
     """
     tensors = (query, key_cache, value_cache, block_table, seq_lens)
     check_tensors("decode_attention", _DECODE_TENSORS, tensors)
+    rules = _rules_of(criterion)
     logits: dict[str, Any] = dict(
         scale=None if scale is None else float(scale),
         softcap=softcap,
@@ -130,11 +140,13 @@ def decode_attention(
         seq_starts=seq_starts,
     )
     if isinstance(walk, str) and walk == "guided":
-        codes = _guided_codes(key_codes, code_table, walk_lens, num_pinned, unit_size)
-        walk, walk_lens, num_pinned, _ = guided_walk(
+        codes = _guided_codes(key_codes, code_table, walk_lens, num_pinned, log_rest, unit_size)
+        rest = rules.residual_mass is not None
+        walk, walk_lens, num_pinned, _, log_rest = guided_walk(
             query, key_cache, block_table, seq_lens, *codes, **logits,
-            sliding_window=sliding_window, checked=checked,
+            sliding_window=sliding_window, checked=checked, rest=rest,
         )  # fmt: skip
+        log_rest = log_rest if rest else None
     arguments = dict(
         **logits,
         sliding_window=window_argument("decode_attention", sliding_window),
@@ -143,7 +155,8 @@ def decode_attention(
         unit_size=unit_size,
         batch_invariant=batch_invariant,
         checked=checked,
-        **_criterion_arguments(criterion, key_cache),
+        **_criterion_arguments(rules, key_cache),
+        **_rest_arguments(rules, walk, log_rest),
         **_walk_arguments(walk, num_pinned),
     )
     if out is None:
@@ -180,6 +193,7 @@ def _guided_codes(
     code_table: Tensor | None,
     walk_lens: Tensor | None,
     num_pinned: int | Tensor | None,
+    log_rest: Tensor | None,
     unit_size: int,
 ) -> tuple[Tensor, Tensor]:
     if key_codes is None or code_table is None:
@@ -192,7 +206,8 @@ def _guided_codes(
         raise ValueError(
             f'decode_attention: unit_size must be {UNIT_TOKENS} with walk="guided", got {unit_size}'
         )
-    for name, given in (("walk_lens", walk_lens), ("num_pinned", num_pinned)):
+    own = {"walk_lens": walk_lens, "num_pinned": num_pinned, "log_rest": log_rest}
+    for name, given in own.items():
         if given is not None:
             raise ValueError(
                 f'decode_attention: {name} must not be given with walk="guided", '
@@ -201,22 +216,51 @@ def _guided_codes(
     return key_codes, code_table
 
 
-def _criterion_arguments(criterion: Stability | None, key_cache: Tensor) -> dict[str, Any]:
-    if criterion is None:
-        return {}
-    if not isinstance(criterion, Stability):
-        raise TypeError(
-            "decode_attention: criterion must be a Stability or None, "
-            f"got {type(criterion).__name__}"
-        )
-    arguments: dict[str, Any] = {"criterion": _STABILITY, "patience": criterion.patience}
-    if criterion.per_head:
+def _rules_of(criterion: Criterion | None) -> Rules:
+    try:
+        return rules_of(criterion)
+    except TypeError as error:
+        raise TypeError(f"decode_attention: {error}") from None
+
+
+def _criterion_arguments(rules: Rules, key_cache: Tensor) -> dict[str, Any]:
+    stability, residual_mass, all_agree = rules
+    arguments: dict[str, Any] = {"criterion": _ALL_AGREE if all_agree else 0}
+    if residual_mass is not None:
+        arguments["criterion"] |= _RESIDUAL_MASS
+        arguments["residual_mass"] = float(residual_mass.eps)
+    if stability is None:
+        return arguments
+    arguments["criterion"] |= _STABILITY
+    arguments["patience"] = stability.patience
+    if stability.per_head:
         num_kv_heads = key_cache.shape[2] if key_cache.dim() == 4 else 0
-        arguments["thresholds"] = criterion.thresholds(num_kv_heads, key_cache.device)
+        arguments["thresholds"] = stability.thresholds(num_kv_heads, key_cache.device)
     else:
-        arguments["d_scale"] = criterion.d_scale
-        arguments["d_direction"] = criterion.d_direction
+        arguments["d_scale"] = stability.d_scale
+        arguments["d_direction"] = stability.d_direction
     return arguments
+
+
+def _rest_arguments(rules: Rules, walk: str | Tensor, log_rest: Tensor | None) -> dict[str, Any]:
+    if rules.residual_mass is None:
+        if log_rest is not None:
+            raise ValueError(
+                "decode_attention: log_rest must only be given with a criterion that uses it, "
+                "ResidualMass"
+            )
+        return {}
+    if isinstance(walk, str):
+        raise ValueError(
+            'decode_attention: ResidualMass needs to know what is left: use walk="guided", or an '
+            f"explicit walk with log_rest, got walk={walk!r}"
+        )
+    if not isinstance(log_rest, Tensor):
+        raise ValueError(
+            "decode_attention: ResidualMass with an explicit walk needs log_rest, "
+            f"got {type(log_rest).__name__}"
+        )
+    return {"log_rest": as_float32(log_rest)}
 
 
 def _walk_arguments(walk: str | Tensor, num_pinned: int | Tensor | None) -> dict[str, Any]:
