@@ -78,7 +78,7 @@ def call_guided(function, inputs, codes, **more):
 
 
 def guided_inputs(inputs, result):
-    """The same case, attending over a guided walk; with what it leaves, where that was asked for."""
+    """The same case, attending over a guided walk; with what it leaves, if that is known."""
     walk = {"walk": result.walk, "walk_lens": result.walk_lens, "num_pinned": result.num_pinned}
     if result.log_rest.shape[-1]:
         walk["log_rest"] = result.log_rest
