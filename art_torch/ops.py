@@ -7,6 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from art_torch._decode_arguments import (
+    checked_rules,
+    criterion_arguments,
+    guided_codes,
+    rest_arguments,
+    walk_arguments,
+)
 from art_torch._operators import (
     as_float32,
     call,
@@ -15,11 +22,9 @@ from art_torch._operators import (
     register,
     window_argument,
 )
-from art_torch.criterion import Criterion, Rules, rules_of
-from art_torch.guided import UNIT_TOKENS, guided_walk
+from art_torch.criterion import Criterion
+from art_torch.guided import guided_walk
 
-# Bits of the operator's argument `criterion`.
-_STABILITY, _RESIDUAL_MASS, _ALL_AGREE = 1, 2, 8
 _DECODE_TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens")
 _APPEND_TENSORS = ("key", "value", "key_cache", "value_cache", "slot_mapping")
 
@@ -113,7 +118,8 @@ def decode_attention(
             ``walk``: natural logarithm of the sum of exponentials, as in ``lse``, over all that the
             walk has after its entry i; ``-inf`` for nothing. What counts after a block is the value
             at the entry of its last unit; entries without a visible token, which are dropped, and
-            those from ``walk_lens`` on may hold anything. The guided walk brings its own.
+            those from ``walk_lens`` on may hold anything. The guided walk brings its own; other
+            criteria refuse it.
         batch_invariant: The bits of a sequence's result do not depend on the batch. On the CPU
             this is always so; on a GPU it costs a few percent.
         checked: Also checks what costs time (on the CPU: units listed twice). Default: the
@@ -131,7 +137,7 @@ def decode_attention(
     """
     tensors = (query, key_cache, value_cache, block_table, seq_lens)
     check_tensors("decode_attention", _DECODE_TENSORS, tensors)
-    rules = _rules_of(criterion)
+    rules = checked_rules(criterion)
     logits: dict[str, Any] = dict(
         scale=None if scale is None else float(scale),
         softcap=softcap,
@@ -140,7 +146,7 @@ def decode_attention(
         seq_starts=seq_starts,
     )
     if isinstance(walk, str) and walk == "guided":
-        codes = _guided_codes(key_codes, code_table, walk_lens, num_pinned, log_rest, unit_size)
+        codes = guided_codes(key_codes, code_table, walk_lens, num_pinned, log_rest, unit_size)
         rest = rules.residual_mass is not None
         walk, walk_lens, num_pinned, _, log_rest = guided_walk(
             query, key_cache, block_table, seq_lens, *codes, **logits,
@@ -155,9 +161,9 @@ def decode_attention(
         unit_size=unit_size,
         batch_invariant=batch_invariant,
         checked=checked,
-        **_criterion_arguments(rules, key_cache),
-        **_rest_arguments(rules, walk, log_rest),
-        **_walk_arguments(walk, num_pinned),
+        **criterion_arguments(rules, key_cache),
+        **rest_arguments(rules, walk, log_rest),
+        **walk_arguments(walk, num_pinned),
     )
     if out is None:
         return DecodeResult(*call(torch.ops.art.decode_attention.default, *tensors, **arguments))
@@ -186,98 +192,6 @@ def append_kv(
     tensors = (key, value, key_cache, value_cache, slot_mapping)
     check_tensors("append_kv", _APPEND_TENSORS, tensors)
     call(torch.ops.art.append_kv.default, *tensors)
-
-
-def _guided_codes(
-    key_codes: Tensor | None,
-    code_table: Tensor | None,
-    walk_lens: Tensor | None,
-    num_pinned: int | Tensor | None,
-    log_rest: Tensor | None,
-    unit_size: int,
-) -> tuple[Tensor, Tensor]:
-    if key_codes is None or code_table is None:
-        missing = "key_codes" if key_codes is None else "code_table"
-        raise ValueError(
-            f'decode_attention: walk="guided" needs key_codes and code_table, got no {missing}; '
-            "art_torch.encode_keys writes the codes of a cache"
-        )
-    if unit_size != UNIT_TOKENS:
-        raise ValueError(
-            f'decode_attention: unit_size must be {UNIT_TOKENS} with walk="guided", got {unit_size}'
-        )
-    own = {"walk_lens": walk_lens, "num_pinned": num_pinned, "log_rest": log_rest}
-    for name, given in own.items():
-        if given is not None:
-            raise ValueError(
-                f'decode_attention: {name} must not be given with walk="guided", '
-                f"which brings its own, got {given}"
-            )
-    return key_codes, code_table
-
-
-def _rules_of(criterion: Criterion | None) -> Rules:
-    try:
-        return rules_of(criterion)
-    except TypeError as error:
-        raise TypeError(f"decode_attention: {error}") from None
-
-
-def _criterion_arguments(rules: Rules, key_cache: Tensor) -> dict[str, Any]:
-    stability, residual_mass, all_agree = rules
-    arguments: dict[str, Any] = {"criterion": _ALL_AGREE if all_agree else 0}
-    if residual_mass is not None:
-        arguments["criterion"] |= _RESIDUAL_MASS
-        arguments["residual_mass"] = float(residual_mass.eps)
-    if stability is None:
-        return arguments
-    arguments["criterion"] |= _STABILITY
-    arguments["patience"] = stability.patience
-    if stability.per_head:
-        num_kv_heads = key_cache.shape[2] if key_cache.dim() == 4 else 0
-        arguments["thresholds"] = stability.thresholds(num_kv_heads, key_cache.device)
-    else:
-        arguments["d_scale"] = stability.d_scale
-        arguments["d_direction"] = stability.d_direction
-    return arguments
-
-
-def _rest_arguments(rules: Rules, walk: str | Tensor, log_rest: Tensor | None) -> dict[str, Any]:
-    if rules.residual_mass is None:
-        if log_rest is not None:
-            raise ValueError(
-                "decode_attention: log_rest must only be given with a criterion that uses it, "
-                "ResidualMass"
-            )
-        return {}
-    if isinstance(walk, str):
-        raise ValueError(
-            'decode_attention: ResidualMass needs to know what is left: use walk="guided", or an '
-            f"explicit walk with log_rest, got walk={walk!r}"
-        )
-    if not isinstance(log_rest, Tensor):
-        raise ValueError(
-            "decode_attention: ResidualMass with an explicit walk needs log_rest, "
-            f"got {type(log_rest).__name__}"
-        )
-    return {"log_rest": as_float32(log_rest)}
-
-
-def _walk_arguments(walk: str | Tensor, num_pinned: int | Tensor | None) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    if isinstance(walk, Tensor):
-        arguments["walk"] = walk
-    elif isinstance(walk, str):
-        arguments["walk_order"] = walk
-    else:
-        raise TypeError(
-            f"decode_attention: walk must be a name or an int32 tensor, got {type(walk).__name__}"
-        )
-    if isinstance(num_pinned, Tensor):
-        arguments["num_pinned_per_head"] = num_pinned
-    elif num_pinned is not None:
-        arguments["num_pinned"] = num_pinned
-    return arguments
 
 
 def _decode_attention_fake(
