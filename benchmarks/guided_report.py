@@ -81,6 +81,18 @@ def needles(rows: list[Row]) -> dict[tuple[str, str], tuple[int, int, float]]:
     return counts
 
 
+def summaries(rows: list[Row]) -> list[Row]:
+    """One row per kind of text, case and setting, for those who read only the file."""
+    result = []
+    for kind, names in (("tuning", guided_texts.TUNING), ("held_out", guided_texts.HELD_OUT)):
+        for (case, impl), group in grouped(of_texts(rows, names), "case", "impl").items():
+            mean = {key: float(f"{value:.4g}") for key, value in summary(group).items()}
+            result.append({"texts": kind, "case": case, "impl": impl, **mean})
+    for (case, impl), (hits, known, read) in needles(rows).items():
+        result.append({"case": case, "impl": impl, "found": hits, "of": known, "read": read})
+    return result
+
+
 def labels(presets: dict[str, Stability]) -> Callable[[str], str]:
     names = {
         f"guided ({rule.d_scale:g}, {rule.d_direction:g}, {rule.patience})": name

@@ -90,9 +90,15 @@ def windows(tokenizer: Any, name: str, length: int, most: int) -> list[Tensor]:
     return [torch.cat((first, tokens[i * size : (i + 1) * size])) for i in range(count)]
 
 
+def haystack_text(index: int) -> str:
+    return HELD_OUT[index % len(HELD_OUT)]
+
+
 def facts_of(index: int) -> list[tuple[str, str]]:
     """The facts of document ``index``, one per depth."""
-    return [FACTS[(index * DEPTHS + depth) % len(FACTS)] for depth in range(DEPTHS)]
+    # Every fact occurs once in as many documents as that takes, then again at another depth.
+    first = index * DEPTHS + index * DEPTHS // len(FACTS)
+    return [FACTS[(first + depth) % len(FACTS)] for depth in range(DEPTHS)]
 
 
 def with_facts(text: str, facts: list[tuple[str, str]]) -> str:
@@ -106,10 +112,11 @@ def with_facts(text: str, facts: list[tuple[str, str]]) -> str:
     return text
 
 
-def haystack(tokenizer: Any, name: str, length: int, facts: list[tuple[str, str]]) -> Tensor:
-    """A document with facts of about ``length`` tokens, questions and answers included."""
-    tokens = encode(tokenizer, read_text(name))
+def haystack(tokenizer: Any, index: int, length: int) -> Tensor:
+    """Document ``index`` with its facts, of almost ``length`` tokens so that a question fits."""
+    tokens, facts = encode(tokenizer, read_text(haystack_text(index))), facts_of(index)
     spare = 64 + len(encode(tokenizer, " ".join(" ".join(fact) for fact in facts)))
-    text = tokenizer.decode(tokens[: length - spare])
+    start = index // len(HELD_OUT) * length % (len(tokens) - length)
+    text = tokenizer.decode(tokens[start : start + length - spare])
     document = encode(tokenizer, with_facts(text, facts) + "\n\n")
     return torch.cat((beginning(tokenizer), document))
