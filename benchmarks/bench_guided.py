@@ -66,8 +66,16 @@ class Task:
     settings: tuple[Setting, ...]
     needles: bool = False
 
-    def cases(self) -> Iterator[str]:
-        yield from (f"S{context}{'_needles' if self.needles else ''}" for context in self.contexts)
+    @property
+    def window(self) -> int:
+        """Names it in rows: the first token of the window, or the number of the document."""
+        return self.index if self.needles else self.index * max(self.contexts)
+
+    def cases(self) -> list[str]:
+        return [f"S{context}{'_needles' if self.needles else ''}" for context in self.contexts]
+
+    def key(self, case: str, setting: Setting) -> tuple[Any, ...]:
+        return case, self.text, self.window, setting.name
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -88,9 +96,7 @@ class Measurement:
         missing = [
             (case, context)
             for case, context in zip(task.cases(), task.contexts, strict=True)
-            if any(
-                (case, task.text, task.index, setting.name) not in done for setting in task.settings
-            )
+            if any(task.key(case, setting) not in done for setting in task.settings)
         ]
         if missing and task.needles:
             for case, context in missing:
@@ -109,7 +115,7 @@ class Measurement:
             exact, _ = self.forcing.force(document, following, rule_of(EXACT))
             logs = exact.double().log_softmax(-1)
             for setting in task.settings:
-                if (case, task.text, task.index, setting.name) in done:
+                if task.key(case, setting) in done:
                     continue
                 logits, read = self.forcing.force(document, following, rule_of(setting))
                 divergence = (logs.exp() * (logs - logits.double().log_softmax(-1))).sum(-1)
@@ -127,7 +133,7 @@ class Measurement:
         tokens = guided_texts.haystack(self.tokenizer, task.index, context)
         document = self.forcing.prefill(tokens, context)
         for setting in (EXACT, *task.settings):
-            if (case, task.text, task.index, setting.name) in done:
+            if task.key(case, setting) in done:
                 continue
             results = [self._find(document, fact, setting) for fact in facts]
             measured = {
@@ -150,7 +156,7 @@ class Measurement:
         return bool((logits.argmax(-1) == answer).all()), read
 
     def _emit(self, task: Task, case: str, setting: Setting, measured: Row) -> None:
-        row = {"case": case, "text": task.text, "window": task.index, "impl": setting.name}
+        row = {"case": case, "text": task.text, "window": task.window, "impl": setting.name}
         self.emit({**row, **measured})
 
 
@@ -270,7 +276,7 @@ def quick_tasks() -> list[Task]:
 
 def number_of_rows(tasks: list[Task], done: set[Any]) -> int:
     return sum(
-        (case, task.text, task.index, setting.name) not in done
+        task.key(case, setting) not in done
         for task in tasks
         for case in task.cases()
         for setting in ((EXACT, *task.settings) if task.needles else task.settings)
