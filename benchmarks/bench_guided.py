@@ -15,7 +15,8 @@ operator's. Texts and their licences: data/README.md.
              KL(exact || setting) over their predictions. The interval resamples windows.
     top-1    how often the likeliest next token is the exact model's.
     found    facts lie at nine depths of a document. A fact counts if the exact model completes its
-             sentence with it, token by token, greedily; then it is found or not by a setting.
+             sentence with it, token by token, greedily; then it is found or not by a setting. Of
+             the beginning of the sentence all but the last token is prefilled.
 """
 
 from __future__ import annotations

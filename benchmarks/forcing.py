@@ -7,8 +7,9 @@ cache: row t sees the tokens up to its own, in the order and with the rule that 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,16 +86,24 @@ class Forcing:
             document.present = start + len(chunk)
         return document
 
-    def force(
-        self, document: Document, tokens: Tensor, rule: Rule, keep: int | None = None
-    ) -> tuple[Tensor, float]:
-        """Predictions after each of ``tokens`` (the last ``keep``), and the share of tokens read.
+    @contextlib.contextmanager
+    def aside(self, document: Document, tokens: Tensor) -> Iterator[None]:
+        """Has ``tokens`` behind the document, prefilled, and takes them away again."""
+        present = document.present
+        self._run(document, tokens, None, 1)
+        document.present += len(tokens)
+        try:
+            yield
+        finally:
+            document.present = present
+
+    def force(self, document: Document, tokens: Tensor, rule: Rule) -> tuple[Tensor, float]:
+        """Predictions after each of ``tokens``, and the share of tokens read.
 
         Returns:
             Logits ``[tokens, vocabulary]``, and the mean over rows, layers with a rule and heads.
         """
-        logits, read = self._run(document, tokens, rule, keep or len(tokens))
-        return logits, read
+        return self._run(document, tokens, rule, len(tokens))
 
     def _run(
         self, document: Document, tokens: Tensor, rule: Rule | None, keep: int

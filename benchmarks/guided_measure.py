@@ -111,12 +111,14 @@ class Measurement:
     ) -> tuple[bool, float]:
         """Whether the greedy continuation of the beginning is the fact; and the share read.
 
-        It is if every token of the fact is the likeliest one after the tokens before it.
+        It is if every token of the fact is the likeliest one after the tokens before it. All but
+        the last token of the beginning are prefilled, as prompts are.
         """
         prompt = guided_texts.encode(self.tokenizer, fact[0])
-        both = guided_texts.encode(self.tokenizer, " ".join(fact))
-        answer = both[len(prompt) :]
-        logits, read = self.forcing.force(document, both[:-1], rule_of(setting), len(answer))
+        answer = guided_texts.encode(self.tokenizer, " ".join(fact))[len(prompt) :]
+        with self.forcing.aside(document, prompt[:-1]):
+            steps = torch.cat((prompt[-1:], answer[:-1]))
+            logits, read = self.forcing.force(document, steps, rule_of(setting))
         return bool((logits.argmax(-1) == answer).all()), read
 
     def _emit(self, task: Task, case: str, setting: Setting, measured: Row) -> None:
