@@ -169,12 +169,14 @@ def draw(rows: list[Row], path: Path) -> None:
         1, len(cases), figsize=(5 * len(cases), 4.2), sharey=True, squeeze=False
     )
     for panel, case in zip(panels[0], cases, strict=True):
-        walks = dict.fromkeys(impl.split(" ")[0] for known, impl in groups if known == case)
+        walks = dict.fromkeys(
+            impl.split(" ")[0] for known, impl in groups if known == case and "mass" not in impl
+        )
         for walk in walks:
             points = sorted(
                 (mean["read"], mean["kl"], mean["kl_low"], mean["kl_high"])
                 for (known, impl), group in groups.items()
-                if known == case and impl.split(" ")[0] == walk
+                if known == case and impl.split(" ")[0] == walk and "mass" not in impl
                 for mean in [summary(group)]
             )
             read, kl, low, high = np.array(points).T

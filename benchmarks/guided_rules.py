@@ -19,6 +19,7 @@ BLOCK = GROUP // UNIT  # units
 # Orders of the comparison. The strings are orders of the operator itself.
 WALKS: dict[str, Maker | str] = {
     "guided": guided("2 bits", coded(2, min_max())),
+    "guided_shrunk": guided("2 bits, shrunk", coded(2, min_max(0.8))),
     "codes4": guided("4 bits", coded(4, min_max())),
     "quest": walk_makers.quest(),
     "oracle": guided("exact", exact_keys),
