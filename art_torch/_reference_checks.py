@@ -214,6 +214,20 @@ def check_walk(
             )
 
 
+def check_rest(query: Tensor, walk: str | Tensor, log_rest: Tensor | None, is_needed: bool) -> None:
+    """Check what is said to be left after each entry of a walk."""
+    if not is_needed:
+        _require(log_rest is None, "log_rest needs a criterion that uses it: ResidualMass")
+        return
+    if isinstance(walk, str):
+        raise ValueError(f"ResidualMass needs an explicit walk and its log_rest, got walk={walk!r}")
+    if log_rest is None:
+        raise ValueError("ResidualMass with an explicit walk needs log_rest, got None")
+    _require_shape("log_rest", log_rest, [*query.shape[:2], walk.shape[-1]])
+    if not log_rest.dtype.is_floating_point:
+        raise TypeError(f"log_rest must have a floating dtype, got {log_rest.dtype}")
+
+
 def check_append_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:

@@ -42,12 +42,16 @@ class GuidedWalk(NamedTuple):
         num_pinned: `[B, Hkv]` int32, units at the start of the walk that must always be read.
         log_mass: `[B, Hkv, max_units]` float64, natural logarithm of the estimated share of the
             softmax mass of each unit, in walk order, then -inf.
+        log_rest: `[B, Hq, max_units]` float64, natural log of the estimated sum of exp(logit) over
+            the units after entry i of the walk; -inf after the last one. `[B, Hq, 0]` without
+            `rest`.
     """
 
     walk: Tensor
     walk_lens: Tensor
     num_pinned: Tensor
     log_mass: Tensor
+    log_rest: Tensor
 
 
 @torch.no_grad()
@@ -65,6 +69,7 @@ def guided_walk(
     sliding_window: int | None = None,
     alibi_slopes: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    rest: bool = False,
 ) -> GuidedWalk:
     """Order the units of 16 tokens by the softmax mass that key codes say they have.
 
@@ -87,6 +92,7 @@ def guided_walk(
         sliding_window: tokens visible.
         alibi_slopes: `[Hq]`.
         seq_starts: int32 `[B]`, first visible token.
+        rest: estimate `log_rest` too.
 
     Returns:
         A `GuidedWalk`.
@@ -111,6 +117,7 @@ def guided_walk(
         torch.zeros(shape[:2], dtype=torch.int32),
         torch.zeros(shape[:2], dtype=torch.int32),
         torch.full(shape, -math.inf, dtype=torch.float64),
+        torch.full((batch, num_q_heads, shape[-1] if rest else 0), -math.inf, dtype=torch.float64),
     )
     for b in range(batch):
         start = 0 if seq_starts is None else int(seq_starts[b])
@@ -133,13 +140,17 @@ def guided_walk(
                 distance = torch.tensor(visible) - (seq_len - 1)
                 logits = logits + alibi_slopes[heads, None].double().cpu() * distance
             sinks = None if attn_sinks is None else attn_sinks[heads].double().cpu()
-            scores = shares(unit_lse(logits, visible), sinks)
+            lse = unit_lse(logits, visible)
+            scores = shares(lse, sinks)
             order, num_pinned = order_units(scores, visible)
             result.walk[b, h, : len(order)] = torch.tensor(order)
             result.walk_lens[b, h], result.num_pinned[b, h] = len(order), num_pinned
             first = visible[0] // UNIT_TOKENS
             mass = scores[torch.tensor(order) - first].double() * (math.log(2) / STEPS)
             result.log_mass[b, h, : len(order)] = mass
+            if rest:
+                in_order = lse[:, torch.tensor(order) - first]
+                result.log_rest[b, heads, : len(order)] = rest_after(in_order)
     return result
 
 
@@ -165,11 +176,35 @@ def shares(lse: Tensor, sinks: Tensor | None) -> Tensor:
     steps = quantise(lse)
     terms = steps if sinks is None else torch.cat([steps, quantise(sinks)[:, None]], -1)
     largest = terms.amax(-1, keepdim=True)
-    fractions = (2.0**31 * 2.0 ** (-torch.arange(STEPS).double() / STEPS)).round().long()
-    below = (largest - terms).clamp(max=32 * STEPS)
-    mass = (fractions[below % STEPS] >> below // STEPS).sum(-1, keepdim=True)
-    total = largest + ((mass.double() / 2.0**31).log2() * STEPS).round().long()
+    total = largest + steps_of_mass(mass_below(largest - terms).sum(-1, keepdim=True)).long()
     return (steps - total).amax(0)
+
+
+def mass_below(steps: Tensor) -> Tensor:
+    """Return the weights, int64, of units that many steps below the largest, which weighs 2^31."""
+    fractions = (2.0**31 * 2.0 ** (-torch.arange(STEPS).double() / STEPS)).round().long()
+    below = steps.clamp(max=32 * STEPS)
+    return fractions[below % STEPS] >> below // STEPS
+
+
+def steps_of_mass(mass: Tensor) -> Tensor:
+    """Return the steps, float64 whole numbers, that a sum of weights is above the largest."""
+    return ((mass.double() / 2.0**31).log2() * STEPS).round()
+
+
+def rest_after(lse: Tensor) -> Tensor:
+    """Return the natural logarithm `[G, n]` of what comes after each entry of a walk.
+
+    From the log-sum-exp `[G, n]` of its units, in their order. The same integers as in `shares`,
+    relative to the largest unit; one at the upper limit may be larger than it says, and so may all
+    that is left.
+    """
+    steps = quantise(lse)
+    largest = steps.amax(-1, keepdim=True)
+    weights = mass_below(largest - steps)
+    after = weights.sum(-1, keepdim=True) - weights.cumsum(-1)
+    rest = (largest + steps_of_mass(after)) * (math.log(2) / STEPS)
+    return rest.where((largest < MOST_STEPS) | (after == 0), math.inf)
 
 
 def order_units(scores: Tensor, visible: range) -> tuple[list[int], int]:

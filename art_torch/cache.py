@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from art_torch.code_table import CodeTable
+from art_torch.guided import require_guided_device
 from art_torch.page_map import IntArray, PageMap
 from art_torch.page_storage import CacheMemoryError, MemoryBudget, PageStorage
 
@@ -54,6 +56,7 @@ class PageTable:
 
     Attributes:
         pages: The pages of each row.
+        codes: The key codes, None while there are none; see :meth:`switch_on_codes`.
         block_table: int32 ``[batch, max_pages]``; a new tensor only when rows outgrow it.
         seq_lens: int32 ``[batch]``, updated in place.
         padded_len: Tokens per row as the caller counts them.
@@ -68,12 +71,15 @@ class PageTable:
         self, page_size: int, window: int | None, budget: MemoryBudget, num_layers: int
     ) -> None:
         self.page_size, self.window = page_size, window
-        self.pages = PageMap(budget, num_layers)
+        self.pages: PageMap[PageStorage] = PageMap(budget, num_layers)
+        self.codes: CodeTable | None = None
         self.record_past = False
         self._start(0)
 
     def _start(self, batch: int) -> None:
         self.pages.reset(batch)
+        if self.codes is not None:
+            self.codes.reset(batch)
         self.padded_len = self.static_len = 0
         self.padded_tensor: Tensor | None = None
         self.static_slots: Tensor | None = None
@@ -88,10 +94,13 @@ class PageTable:
         self.step: Step | None = None
         self._history: tuple[tuple[int, int], Tensor] | None = None
         self._visible: int | None = None
+        self._longest: int | None = None
 
     def _publish(self) -> None:
         """Brings the tensors up to date. On the CPU they share memory with the arrays."""
         table = self.pages.table
+        if self.codes is not None:
+            self.codes.publish(table.shape[1] * self.page_size)
         if self.device.type == "cpu":
             self.block_table = torch.from_numpy(table)
             self.seq_lens = torch.from_numpy(self._lens)
@@ -111,6 +120,12 @@ class PageTable:
     def batch(self) -> int:
         """Rows, 0 while empty."""
         return len(self._lens)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the pages that hold tokens, and of their key codes."""
+        codes = 0 if self.codes is None else self.codes.groups.bytes_in_use
+        return self.pages.bytes_in_use + codes
 
     @property
     def has_pads(self) -> bool:
@@ -153,14 +168,17 @@ class PageTable:
         keep_from = self._first_needed(before, after)
         # A row that gets nothing writes nowhere: its range of entries is empty.
         write_from = np.where(after > before, before // page, self.pages.used)
-        changed = self.pages.make_room(keep_from // page, -(-after // page), write_from)
+        codes = 0 if self.codes is None else self.codes.bytes_to_grow(after)
+        changed = self.pages.make_room(keep_from // page, -(-after // page), write_from, codes)
+        if self.codes is not None:
+            changed |= self.codes.grow(before, after)
         slots = self._slots(before, tokens, real, keep_from)
         self._append_real(tokens, real)
         self._lens[:] = after
         self._kept_from = np.maximum(self._kept_from, np.minimum(keep_from, after))
         self.step = Step(torch.from_numpy(slots).to(self.device), self.padded_len, tokens)
         self.padded_len += tokens
-        self._visible = None
+        self._visible = self._longest = None
         if changed or self.device.type != "cpu":
             self._publish()
         return self.step
@@ -239,6 +257,54 @@ class PageTable:
         self._visible = int(lens.sum())
         return self._visible
 
+    @property
+    def longest(self) -> int:
+        """Stored tokens of the longest row (of lengths on the host)."""
+        if self._longest is None:
+            self._longest = int(self._lens.max(initial=0))
+        return self._longest
+
+    # ---------------------------------------------------------------- key codes
+
+    def switch_on_codes(self) -> None:
+        """Keeps key codes from now on; those of tokens that are there need :meth:`cover_codes`.
+
+        Raises:
+            ValueError: The table has a window. Its groups would lose tokens to it.
+            NotImplementedError: There are no kernels for the device.
+        """
+        if self.window is not None:
+            raise ValueError(
+                f"key codes are for full attention, and this table has a window of {self.window}"
+            )
+        if self.codes is None:
+            require_guided_device(self.device)
+            self.codes = CodeTable(
+                self.pages.budget, self.pages.num_layers, self.device, self.batch
+            )
+            self._publish()
+
+    def cover_codes(self) -> None:
+        """Gives code pages to all complete groups that have none.
+
+        Raises:
+            CacheMemoryError: The limit does not allow it. Nothing has changed then.
+        """
+        assert self.codes is not None
+        lens = np.full(self.batch, self.static_len) if self.static_len else self._lens
+        if self.codes.grow(None, lens.astype(np.int64)):
+            self._publish()
+
+    def renew_codes(self) -> None:
+        """Makes all key codes void, after keys were changed by others.
+
+        Raises:
+            CacheMemoryError: Rows shared code pages, and the limit does not allow one for each.
+        """
+        assert self.codes is not None
+        self.codes.renew(self._lens.astype(np.int64))
+        self._publish()
+
     # ---------------------------------------------------------------- editing
 
     def crop(self, tokens: int) -> None:
@@ -264,6 +330,8 @@ class PageTable:
             self._real = self._real[:, :end]
         self._lens[:] = lens
         self.pages.truncate(-(-lens // self.page_size))
+        if self.codes is not None:
+            self.codes.truncate(lens)
         self.padded_len = end
         if self.record_past:
             self._drop_invisible(lens)
@@ -275,6 +343,8 @@ class PageTable:
         if self.batch == 0:
             return
         self.pages.select(rows)
+        if self.codes is not None:
+            self.codes.select(rows)
         self._lens, self._kept_from = self._lens[rows], self._kept_from[rows]
         self._real = None if self._real is None else self._real[rows]
         self._changed()
@@ -287,7 +357,7 @@ class PageTable:
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
         clone = copy.copy(self)
         memo[id(self)] = clone
-        for name in ("pages", "_lens", "_kept_from", "_real", "padded_tensor"):
+        for name in ("pages", "codes", "_lens", "_kept_from", "_real", "padded_tensor"):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.block_table, clone.seq_lens = self.block_table.clone(), self.seq_lens.clone()
         clone._changed()
@@ -316,7 +386,10 @@ class PageTable:
             self._drop_invisible(before)
         page = self.page_size
         end = np.full(self.batch, -(-length // page))
-        self.pages.make_room(np.zeros_like(before), end, before // page)
+        codes = 0 if self.codes is None else self.codes.bytes_to_grow(np.full_like(end, length))
+        self.pages.make_room(np.zeros_like(before), end, before // page, codes)
+        if self.codes is not None:
+            self.codes.grow(None, np.full_like(end, length))
         self._changed()
         self._publish()
         self.padded_tensor = torch.tensor(self.padded_len, dtype=torch.int64, device=self.device)
@@ -329,6 +402,8 @@ class PageTable:
         entry = torch.div(position, self.page_size, rounding_mode="floor")
         page = self.block_table.gather(1, entry[:, None])[:, 0].to(torch.int64)
         self.static_slots = page * self.page_size + position % self.page_size
+        if self.codes is not None:
+            self.codes.coded_lens = self.seq_lens.clone()
         self.seq_lens.add_(1)
         self.padded_tensor.add_(1)
 
@@ -342,4 +417,9 @@ class PageTable:
         self._lens[:] = self.seq_lens.cpu().numpy()
         self.padded_len += new
         self.static_len, self.padded_tensor, self.static_slots = 0, None, None
+        if self.codes is not None:
+            self.codes.truncate(self._lens.astype(np.int64))
+        # A compiler may have copied what append_kv was to write: our own writes as well.
+        for storage in self.pages.storages:
+            storage.foreign_writes = 0
         self._changed()

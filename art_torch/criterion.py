@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,6 +66,117 @@ class Stability:
                 )
             columns.append(value.expand(num_kv_heads))
         return torch.stack(columns, dim=1)
+
+    def __or__(self, other: ResidualMass) -> CombinedCriterion:
+        if not isinstance(other, ResidualMass):
+            return NotImplemented
+        return CombinedCriterion(self, other, all_agree=False)
+
+    def __and__(self, other: ResidualMass) -> CombinedCriterion:
+        if not isinstance(other, ResidualMass):
+            return NotImplemented
+        return CombinedCriterion(self, other, all_agree=True)
+
+
+@dataclass(frozen=True)
+class ResidualMass:
+    """Stops once little of the softmax mass is left to read.
+
+    After each block of a walk, with T the softmax denominator of what was read (attention sinks
+    included) and R that of the rest of the walk, the block is *covered* when ``R / (T + R) <= eps``
+    for every query head that shares the KV head. Reading stops after the first block that is
+    covered, which may be the starting output. T is exact; log(R) comes with the walk: the guided
+    walk estimates it from key codes, and any explicit walk may bring its own (``log_rest`` of
+    :func:`~art_torch.decode_attention`). Were R exact, at most the share ``eps`` would be missing.
+
+    ``Stability(...) | ResidualMass(...)`` stops when either rule does, and
+    ``Stability(...) & ResidualMass(...)`` when both do, see :class:`CombinedCriterion`.
+
+    Args:
+        eps: Largest share of the softmax mass that may be left, at least 0 and less than 1. With 0
+            reading stops where nothing is left: mostly after the last block.
+
+    Raises:
+        ValueError: ``eps`` is out of range or NaN.
+        TypeError: ``eps`` is no number.
+    """
+
+    eps: float = 0.05
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
+            raise TypeError(f"eps must be a number, got {type(self.eps).__name__}")
+        if not 0 <= self.eps < 1:
+            raise ValueError(f"eps must be at least 0 and less than 1, got {self.eps}")
+
+    def __or__(self, other: Stability) -> CombinedCriterion:
+        if not isinstance(other, Stability):
+            return NotImplemented
+        return CombinedCriterion(other, self, all_agree=False)
+
+    def __and__(self, other: Stability) -> CombinedCriterion:
+        if not isinstance(other, Stability):
+            return NotImplemented
+        return CombinedCriterion(other, self, all_agree=True)
+
+
+@dataclass(frozen=True)
+class CombinedCriterion:
+    """Two rules: what ``|`` and ``&`` make of a :class:`Stability` and a :class:`ResidualMass`.
+
+    ``|`` stops after the first block that completes the patience or is covered. ``&`` stops after
+    the first block j >= 1 that ends at least ``patience`` stable blocks in a row and is covered;
+    stable blocks count on while too much is left to read.
+
+    Args:
+        stability: One rule.
+        residual_mass: The other.
+        all_agree: Whether both have to agree (``&``), or one is enough (``|``).
+
+    Raises:
+        TypeError: An argument is of another type.
+    """
+
+    stability: Stability
+    residual_mass: ResidualMass
+    all_agree: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("stability", Stability), ("residual_mass", ResidualMass), ("all_agree", bool),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
+Criterion: TypeAlias = "Stability | ResidualMass | CombinedCriterion"
+
+
+class Rules(NamedTuple):
+    """A criterion taken apart; None where it has no such rule."""
+
+    stability: Stability | None
+    residual_mass: ResidualMass | None
+    all_agree: bool
+
+
+def rules_of(criterion: Criterion | None) -> Rules:
+    """Takes a criterion apart.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if isinstance(criterion, CombinedCriterion):
+        return Rules(criterion.stability, criterion.residual_mass, criterion.all_agree)
+    if criterion is None or isinstance(criterion, Stability):
+        return Rules(criterion, None, False)
+    if isinstance(criterion, ResidualMass):
+        return Rules(None, criterion, False)
+    raise TypeError(
+        "criterion must be a Stability, a ResidualMass, both of them joined by | or &, or None, "
+        f"got {type(criterion).__name__}"
+    )
 
 
 def _check_threshold(name: str, value: float | Tensor) -> None:

@@ -30,7 +30,8 @@ _GUIDED_TENSORS = ("query", *_ENCODE_TENSORS)
 class GuidedWalk(NamedTuple):
     """What one call of :func:`guided_walk` returns.
 
-    The first three are arguments of :func:`decode_attention`.
+    All but ``log_mass`` are arguments of :func:`decode_attention`; ``log_rest`` is for
+    :class:`ResidualMass`.
 
     Attributes:
         walk: ``[batch, num_kv_heads, max_units]`` int32, units of 16 tokens in the order to read
@@ -41,12 +42,29 @@ class GuidedWalk(NamedTuple):
         log_mass: ``[batch, num_kv_heads, max_units]`` float32, natural logarithm of the estimated
             share of the softmax mass, in walk order, then ``-inf``. The largest over the query
             heads that share the KV head; a multiple of ``ln(2) / 64``.
+        log_rest: ``[batch, num_q_heads, max_units]`` float32, natural logarithm of the estimated
+            sum of exponentials, as in ``lse`` of :func:`decode_attention`, over all units that come
+            after entry i of the walk, for each query head; ``-inf`` after the last one. A multiple
+            of ``ln(2) / 64``. ``[batch, num_q_heads, 0]`` unless it was asked for.
     """
 
     walk: Tensor
     walk_lens: Tensor
     num_pinned: Tensor
     log_mass: Tensor
+    log_rest: Tensor
+
+
+def require_guided_device(device: torch.device) -> None:
+    """Refuses devices that have no kernels for key codes.
+
+    Raises:
+        NotImplementedError: It is not the CPU.
+    """
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"the guided walk runs on the CPU so far, got {device}: use another walk there"
+        )
 
 
 def key_code_bytes(head_dim: int) -> int:
@@ -117,6 +135,7 @@ def guided_walk(
     alibi_slopes: Tensor | None = None,
     seq_starts: Tensor | None = None,
     checked: bool | None = None,
+    rest: bool = False,
 ) -> GuidedWalk:
     """Orders a cache by the softmax mass that the codes of its keys say it has.
 
@@ -140,6 +159,7 @@ def guided_walk(
         alibi_slopes: ``[num_q_heads]``; adds ``slope * (position - last position)``.
         seq_starts: ``[batch]`` int32, first visible token (left padding).
         checked: Also checks what costs time on a GPU: the indices. On the CPU they always are.
+        rest: Also estimates what is left after each entry of the walk: ``log_rest``.
 
     Returns:
         :class:`GuidedWalk`.
@@ -160,6 +180,7 @@ def guided_walk(
         alibi_slopes=as_float32(alibi_slopes),
         seq_starts=seq_starts,
         checked=checked,
+        rest=rest,
     )
     return GuidedWalk(*results)
 
@@ -175,18 +196,22 @@ def _guided_walk_fake(
     seq_lens: Tensor,
     key_codes: Tensor,
     code_table: Tensor,
+    *,
+    rest: bool = False,
     **_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (query, key_cache, block_table, seq_lens, key_codes, code_table)
     check_one_device("guided_walk", _GUIDED_TENSORS, tensors)
     per_head = (query.shape[0], key_cache.shape[2])
     capacity = block_table.shape[-1] * key_cache.shape[1]
-    per_unit = (*per_head, (capacity + UNIT_TOKENS - 1) // UNIT_TOKENS)
+    max_units = (capacity + UNIT_TOKENS - 1) // UNIT_TOKENS
+    per_unit = (*per_head, max_units)
     return (
         query.new_empty(per_unit, dtype=torch.int32),
         query.new_empty(per_head, dtype=torch.int32),
         query.new_empty(per_head, dtype=torch.int32),
         query.new_empty(per_unit, dtype=torch.float32),
+        query.new_empty((*query.shape[:2], max_units if rest else 0), dtype=torch.float32),
     )
 
 

@@ -7,6 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from art_torch._decode_arguments import (
+    checked_rules,
+    criterion_arguments,
+    guided_codes,
+    rest_arguments,
+    walk_arguments,
+)
 from art_torch._operators import (
     as_float32,
     call,
@@ -15,10 +22,9 @@ from art_torch._operators import (
     register,
     window_argument,
 )
-from art_torch.criterion import Stability
-from art_torch.guided import UNIT_TOKENS, guided_walk
+from art_torch.criterion import Criterion
+from art_torch.guided import guided_walk
 
-_STABILITY = 1
 _DECODE_TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens")
 _APPEND_TENSORS = ("key", "value", "key_cache", "value_cache", "slot_mapping")
 
@@ -31,8 +37,8 @@ class DecodeResult(NamedTuple):
         lse: ``[batch, num_q_heads]`` float32. Natural logarithm of the sum of exponentials over
             the tokens read, attention sinks excluded; ``-inf`` where nothing was read.
         tokens_read: ``[batch, num_kv_heads]`` int32. Visible tokens that were used.
-        stop_block: ``[batch, num_kv_heads]`` int32. Index of the block that completed the
-            patience, -1 where that never happened.
+        stop_block: ``[batch, num_kv_heads]`` int32. Index of the block after which the criterion
+            stopped reading (also when it is the last one), -1 where it never did.
     """
 
     out: Tensor
@@ -48,7 +54,7 @@ def decode_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
-    criterion: Stability | None = None,
+    criterion: Criterion | None = None,
     walk: str | Tensor = "sink_recent",
     walk_lens: Tensor | None = None,
     num_pinned: int | Tensor | None = None,
@@ -62,6 +68,7 @@ def decode_attention(
     seq_starts: Tensor | None = None,
     key_codes: Tensor | None = None,
     code_table: Tensor | None = None,
+    log_rest: Tensor | None = None,
     batch_invariant: bool = False,
     checked: bool | None = None,
     out: DecodeResult | None = None,
@@ -84,7 +91,9 @@ def decode_attention(
         block_table: ``[batch, max_pages]`` or ``[batch, num_kv_heads, max_pages]`` int32 page ids.
             Entries of pages without a visible token are never read.
         seq_lens: ``[batch]`` or ``[batch, num_kv_heads]`` int32, tokens present.
-        criterion: :class:`~art_torch.Stability`, or None to read the whole walk.
+        criterion: :class:`~art_torch.Stability`, :class:`~art_torch.ResidualMass` (on the CPU so
+            far, with a guided or an explicit walk), both joined by ``|`` or ``&``, or None to read
+            the whole walk.
         walk: ``"sink_recent"`` (the first 64 tokens, then from the newest backwards),
             ``"recent_first"``, ``"oldest_first"``, ``"guided"`` (the order that
             :func:`guided_walk` finds; needs ``key_codes`` and ``code_table``), or int32 unit
@@ -105,6 +114,12 @@ def decode_attention(
         seq_starts: ``[batch]`` int32, first visible token (left padding).
         key_codes: Codes of the keys for the guided walk, see :func:`encode_keys`.
         code_table: Where the codes of each 64 tokens are, see :func:`encode_keys`.
+        log_rest: ``[batch, num_q_heads, max_units]``, for ``ResidualMass`` with an explicit
+            ``walk``: natural logarithm of the sum of exponentials, as in ``lse``, over all that the
+            walk has after its entry i; ``-inf`` for nothing. What counts after a block is the value
+            at the entry of its last unit; entries without a visible token, which are dropped, and
+            those from ``walk_lens`` on may hold anything. The guided walk brings its own; other
+            criteria refuse it.
         batch_invariant: The bits of a sequence's result do not depend on the batch. On the CPU
             this is always so; on a GPU it costs a few percent.
         checked: Also checks what costs time (on the CPU: units listed twice). Default: the
@@ -122,6 +137,7 @@ def decode_attention(
     """
     tensors = (query, key_cache, value_cache, block_table, seq_lens)
     check_tensors("decode_attention", _DECODE_TENSORS, tensors)
+    rules = checked_rules(criterion)
     logits: dict[str, Any] = dict(
         scale=None if scale is None else float(scale),
         softcap=softcap,
@@ -130,11 +146,13 @@ def decode_attention(
         seq_starts=seq_starts,
     )
     if isinstance(walk, str) and walk == "guided":
-        codes = _guided_codes(key_codes, code_table, walk_lens, num_pinned, unit_size)
-        walk, walk_lens, num_pinned, _ = guided_walk(
+        codes = guided_codes(key_codes, code_table, walk_lens, num_pinned, log_rest, unit_size)
+        rest = rules.residual_mass is not None
+        walk, walk_lens, num_pinned, _, log_rest = guided_walk(
             query, key_cache, block_table, seq_lens, *codes, **logits,
-            sliding_window=sliding_window, checked=checked,
+            sliding_window=sliding_window, checked=checked, rest=rest,
         )  # fmt: skip
+        log_rest = log_rest if rest else None
     arguments = dict(
         **logits,
         sliding_window=window_argument("decode_attention", sliding_window),
@@ -143,8 +161,9 @@ def decode_attention(
         unit_size=unit_size,
         batch_invariant=batch_invariant,
         checked=checked,
-        **_criterion_arguments(criterion, key_cache),
-        **_walk_arguments(walk, num_pinned),
+        **criterion_arguments(rules, key_cache),
+        **rest_arguments(rules, walk, log_rest),
+        **walk_arguments(walk, num_pinned),
     )
     if out is None:
         return DecodeResult(*call(torch.ops.art.decode_attention.default, *tensors, **arguments))
@@ -173,67 +192,6 @@ def append_kv(
     tensors = (key, value, key_cache, value_cache, slot_mapping)
     check_tensors("append_kv", _APPEND_TENSORS, tensors)
     call(torch.ops.art.append_kv.default, *tensors)
-
-
-def _guided_codes(
-    key_codes: Tensor | None,
-    code_table: Tensor | None,
-    walk_lens: Tensor | None,
-    num_pinned: int | Tensor | None,
-    unit_size: int,
-) -> tuple[Tensor, Tensor]:
-    if key_codes is None or code_table is None:
-        missing = "key_codes" if key_codes is None else "code_table"
-        raise ValueError(
-            f'decode_attention: walk="guided" needs key_codes and code_table, got no {missing}; '
-            "art_torch.encode_keys writes the codes of a cache"
-        )
-    if unit_size != UNIT_TOKENS:
-        raise ValueError(
-            f'decode_attention: unit_size must be {UNIT_TOKENS} with walk="guided", got {unit_size}'
-        )
-    for name, given in (("walk_lens", walk_lens), ("num_pinned", num_pinned)):
-        if given is not None:
-            raise ValueError(
-                f'decode_attention: {name} must not be given with walk="guided", '
-                f"which brings its own, got {given}"
-            )
-    return key_codes, code_table
-
-
-def _criterion_arguments(criterion: Stability | None, key_cache: Tensor) -> dict[str, Any]:
-    if criterion is None:
-        return {}
-    if not isinstance(criterion, Stability):
-        raise TypeError(
-            "decode_attention: criterion must be a Stability or None, "
-            f"got {type(criterion).__name__}"
-        )
-    arguments: dict[str, Any] = {"criterion": _STABILITY, "patience": criterion.patience}
-    if criterion.per_head:
-        num_kv_heads = key_cache.shape[2] if key_cache.dim() == 4 else 0
-        arguments["thresholds"] = criterion.thresholds(num_kv_heads, key_cache.device)
-    else:
-        arguments["d_scale"] = criterion.d_scale
-        arguments["d_direction"] = criterion.d_direction
-    return arguments
-
-
-def _walk_arguments(walk: str | Tensor, num_pinned: int | Tensor | None) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    if isinstance(walk, Tensor):
-        arguments["walk"] = walk
-    elif isinstance(walk, str):
-        arguments["walk_order"] = walk
-    else:
-        raise TypeError(
-            f"decode_attention: walk must be a name or an int32 tensor, got {type(walk).__name__}"
-        )
-    if isinstance(num_pinned, Tensor):
-        arguments["num_pinned_per_head"] = num_pinned
-    elif num_pinned is not None:
-        arguments["num_pinned"] = num_pinned
-    return arguments
 
 
 def _decode_attention_fake(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from art_torch.page_storage import NULL_PAGE, MemoryBudget, PageStorage
+from art_torch.page_storage import NULL_PAGE, GrowingPool, MemoryBudget
 
 __all__ = ["IntArray", "PageMap"]
 
 IntArray = npt.NDArray[np.int64]
+Storage = TypeVar("Storage", bound=GrowingPool)
 
 
 class _PageIds:
@@ -49,7 +50,7 @@ class _PageIds:
         self.free.extend(dropped[self.references[dropped] == 0].tolist()[::-1])
 
 
-class PageMap:
+class PageMap(Generic[Storage]):
     """Rows of page ids, common to all layers that keep the same tokens.
 
     Rows may hold the same page; :meth:`make_room` copies a page before one of its holders writes to
@@ -70,7 +71,7 @@ class PageMap:
 
     def __init__(self, budget: MemoryBudget, num_layers: int) -> None:
         self.budget, self.num_layers = budget, num_layers
-        self.storages: list[PageStorage] = []
+        self.storages: list[Storage] = []
         self.device = torch.device("cpu")
         self._claimed_pages = 0
         self.reset(0)
@@ -87,7 +88,12 @@ class PageMap:
         """Pages held by at least one row."""
         return self._ids.end - 1 - len(self._ids.free)
 
-    def add_storage(self, make: Callable[[int], PageStorage], page_bytes: int) -> PageStorage:
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of :attr:`pages_in_use`, all storages together."""
+        return self.pages_in_use * sum(storage.page_bytes for storage in self.storages)
+
+    def add_storage(self, make: Callable[[int], Storage], page_bytes: int) -> Storage:
         """Adds the storage of a layer.
 
         Args:
@@ -100,13 +106,20 @@ class PageMap:
         self.storages.append(storage)
         return storage
 
-    def make_room(self, start: IntArray, end: IntArray, write_from: IntArray) -> bool:
+    def bytes_to_grow(self, end: IntArray) -> int:
+        """Bytes that :meth:`make_room` would claim for entries up to ``end`` and no copies."""
+        return self._missing(int(np.maximum(0, end - self.used).sum())) * self._bytes_of_a_page()
+
+    def make_room(
+        self, start: IntArray, end: IntArray, write_from: IntArray, then: int = 0
+    ) -> bool:
         """Gives every row pages up to an entry, and pages of its own where it will write.
 
         Args:
             start: int64 ``[rows]``, first entry that needs a page.
             end: int64 ``[rows]``, end of the entries that need one.
             write_from: int64 ``[rows]``, first entry that will be written to.
+            then: Bytes of the same budget that will be claimed next, and must fit as well.
 
         Returns:
             Whether the table changed.
@@ -119,12 +132,10 @@ class PageMap:
         shared = self._shared(write_from, np.minimum(end, self.used))
         if not grow.any() and not shared:
             return False
-        self._claim(int(grow.sum()) + len(shared))
+        self._claim(int(grow.sum()) + len(shared), then)
         if int(end.max()) > self.table.shape[1]:
             # Doubling: a new tensor must not come every few tokens.
-            wide = np.zeros((len(end), max(int(end.max()), 2 * self.table.shape[1])), np.int32)
-            wide[:, : self.table.shape[1]] = self.table
-            self.table = wide
+            self.widen(max(int(end.max()), 2 * self.table.shape[1]))
         ids = self._ids.allocate(int(grow.sum()) + len(shared))
         for storage in self.storages:
             storage.ensure(self._ids.end)
@@ -135,6 +146,16 @@ class PageMap:
             self.table[row, start[row] : end[row]] = ids[position : position + grow[row]]
             position += grow[row]
         self.used = np.maximum(self.used, end)
+        return True
+
+    def widen(self, entries: int) -> bool:
+        """Gives the table at least so many columns; returns whether it had fewer."""
+        rows, now = self.table.shape
+        if entries <= now:
+            return False
+        wide = np.zeros((rows, entries), np.int32)
+        wide[:, :now] = self.table
+        self.table = wide
         return True
 
     def _shared(self, begin: IntArray, end: IntArray) -> list[tuple[int, int]]:
@@ -165,15 +186,21 @@ class PageMap:
         self.table[rows, entries] = new
         self._ids.release(old)
 
-    def _claim(self, count: int) -> None:
+    def _claim(self, count: int, then: int) -> None:
+        extra = self._missing(count)
+        if extra > 0 or then > 0:
+            self.budget.claim(extra * self._bytes_of_a_page(), self.device, then)
+            self._claimed_pages += extra
+
+    def _missing(self, count: int) -> int:
+        """Pages to claim before ``count`` can be handed out."""
         high_water = self._ids.end + max(0, count - len(self._ids.free))
-        extra = high_water - self._claimed_pages
-        if extra > 0:
-            # Layers show their sizes one by one in the first pass; the rest count as the average.
-            known = sum(storage.page_bytes for storage in self.storages)
-            page_bytes = known * self.num_layers // max(1, len(self.storages))
-            self.budget.claim(extra * page_bytes, self.device)
-            self._claimed_pages = high_water
+        return max(0, high_water - self._claimed_pages)
+
+    def _bytes_of_a_page(self) -> int:
+        # Layers show their sizes one by one in the first pass; the rest count as the average.
+        known = sum(storage.page_bytes for storage in self.storages)
+        return known * self.num_layers // max(1, len(self.storages))
 
     def drop_before(self, first: IntArray) -> None:
         """Hands back the pages of the entries before ``first``, int64 ``[rows]``."""
@@ -203,7 +230,7 @@ class PageMap:
         else:
             self.table = table
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PageMap:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageMap[Storage]:
         clone = copy.copy(self)
         memo[id(self)] = clone
         for name in ("budget", "storages", "_ids", "table", "used", "first"):

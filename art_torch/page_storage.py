@@ -7,13 +7,23 @@ import copy
 import math
 import mmap
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NULL_PAGE", "CacheMemoryError", "MemoryBudget", "PageStorage", "default_max_bytes"]
+__all__ = [
+    "NULL_PAGE",
+    "CacheMemoryError",
+    "GrowingPool",
+    "MemoryBudget",
+    "PageStorage",
+    "default_max_bytes",
+    "reserve",
+    "view",
+]
 
 # Page 0 is never handed out and stays zero: table entries without a token point at it, and a gather
 # that meets a pad reads finite numbers.
@@ -62,23 +72,81 @@ class MemoryBudget:
             self.max_bytes = default_max_bytes(device)
         return self.max_bytes
 
-    def claim(self, num_bytes: int, device: torch.device) -> None:
+    def claim(self, num_bytes: int, device: torch.device, then: int = 0) -> None:
         """Counts ``num_bytes`` more as used.
+
+        Args:
+            num_bytes: Bytes to count.
+            device: Where they are.
+            then: Bytes that will be claimed right after, and must fit as well.
 
         Raises:
             CacheMemoryError: That would exceed the limit. Nothing is counted then.
         """
         limit = self.limit(device)
-        if self.used_bytes + num_bytes > limit:
+        needed = self.used_bytes + num_bytes + then
+        if needed > limit:
             raise CacheMemoryError(
-                f"the KV cache needs {self.used_bytes + num_bytes:,} bytes and its limit is "
+                f"the KV cache needs {needed:,} bytes and its limit is "
                 f"{limit:,}: pass a larger max_bytes, shorten the sequences or the batch, or "
                 "reset() the cache"
             )
         self.used_bytes += num_bytes
 
 
-class PageStorage:
+class GrowingPool(ABC):
+    """Pages of one layer that grow in number and keep their content.
+
+    Attributes:
+        page_bytes: Bytes of one page.
+        used_pages: Pages that :meth:`ensure` made usable, the null page among them.
+        device: Where they live.
+    """
+
+    page_bytes: int
+    used_pages: int
+    device: torch.device
+    _capacity: int
+    _pools: tuple[Tensor, ...]  # [capacity, ...] each
+
+    def ensure(self, num_pages: int) -> None:
+        """Makes pages 0 to ``num_pages - 1`` usable; their content is kept."""
+        if num_pages <= self.used_pages:
+            return
+        if num_pages > self._capacity:
+            old, used = self._pools, self.used_pages
+            self._allocate(max(num_pages, 2 * self._capacity))
+            self._fill(old, used)
+        self._use(num_pages)
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        """Copies pages ``source`` to pages ``target``, both int64 ``[n]`` page ids."""
+        for pool in self._pools:
+            pool[target] = pool[source]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GrowingPool:
+        # The reserved address space is far larger than what was written; only that is copied.
+        clone = copy.copy(self)
+        memo[id(self)] = clone
+        clone._allocate(self._capacity)
+        clone._fill(self._pools, self.used_pages)
+        clone._use(self.used_pages)
+        return clone
+
+    def _fill(self, old: tuple[Tensor, ...], used: int) -> None:
+        for pool, source in zip(self._pools, old, strict=True):
+            pool[:used] = source[:used]
+
+    @abstractmethod
+    def _allocate(self, num_pages: int) -> None:
+        """Makes new ``_pools`` for so many pages."""
+
+    @abstractmethod
+    def _use(self, num_pages: int) -> None:
+        """Shows the first ``num_pages`` pages."""
+
+
+class PageStorage(GrowingPool):
     """Keys and values of one layer, in pages.
 
     A page keeps the tokens of each head adjacent. On the CPU its keys are followed by its values;
@@ -115,26 +183,32 @@ class PageStorage:
         self.num_kv_heads, self.head_dim, self.value_dim = num_kv_heads, head_dim, value_dim
         self.page_size, self.dtype, self.device = page_size, dtype, device
         self.page_bytes = num_kv_heads * page_size * (head_dim + value_dim) * dtype.itemsize
-        self._capacity = 0
-        self._keys: Tensor  # [capacity, num_kv_heads, page_size, head_dim]
-        self._values: Tensor  # [capacity, num_kv_heads, page_size, value_dim]
         self._allocate(max(max_pages, 2) if device.type == "cpu" else 2)
+        self.foreign_writes = 0
         self._use(1)
 
-    def ensure(self, num_pages: int) -> None:
-        """Makes pages 0 to ``num_pages - 1`` usable; their content is kept."""
-        if num_pages <= self.used_pages:
-            return
-        if num_pages > self._capacity:
-            keys, values, used = self._keys, self._values, self.used_pages
-            self._allocate(max(num_pages, 2 * self._capacity))
-            self._keys[:used], self._values[:used] = keys[:used], values[:used]
-        self._use(num_pages)
+    @property
+    def foreign_writes(self) -> int:
+        """PyTorch operations that wrote to the keys, those of this class left out.
+
+        :func:`art_torch.append_kv` does not count. Set it to 0 to accept what was written.
+        """
+        return self._pools[0]._version - self._own_version
+
+    @foreign_writes.setter
+    def foreign_writes(self, count: int) -> None:
+        self._own_version = self._pools[0]._version - count
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copies pages ``source`` to pages ``target``, both int64 ``[n]`` page ids."""
-        self._keys[target] = self._keys[source]
-        self._values[target] = self._values[source]
+        foreign = self.foreign_writes
+        super().copy_pages(source, target)
+        self.foreign_writes = foreign
+
+    def _fill(self, old: tuple[Tensor, ...], used: int) -> None:
+        foreign = old[0]._version - self._own_version
+        super()._fill(old, used)
+        self.foreign_writes = foreign
 
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Reads tokens into dense tensors.
@@ -153,41 +227,37 @@ class PageStorage:
             self.value_cache[page, offset].transpose(1, 2),
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PageStorage:
-        # The reserved address space is far larger than what was written; only that is copied.
-        clone = copy.copy(self)
-        memo[id(self)] = clone
-        used = self.used_pages
-        clone._allocate(self._capacity)
-        clone._keys[:used], clone._values[:used] = self._keys[:used], self._values[:used]
-        clone._use(used)
-        return clone
-
     def _use(self, num_pages: int) -> None:
         # No more than what is used is shown: a compiler that copies what an operator writes to
         # would otherwise commit the whole reservation.
         self.used_pages = num_pages
-        self.key_cache = self._keys[:num_pages].transpose(1, 2)
-        self.value_cache = self._values[:num_pages].transpose(1, 2)
+        keys, values = self._pools  # [capacity, num_kv_heads, page_size, head_dim or value_dim]
+        self.key_cache = keys[:num_pages].transpose(1, 2)
+        self.value_cache = values[:num_pages].transpose(1, 2)
 
+    # Inference tensors would not count what is written to them.
+    @torch.inference_mode(False)
     def _allocate(self, num_pages: int) -> None:
         shape = (num_pages, self.num_kv_heads, self.page_size)
         if self.device.type == "cpu":
-            region, start = _reserve(num_pages * self.page_bytes)
+            region, start = reserve(num_pages * self.page_bytes)
             stride = self.page_bytes // self.dtype.itemsize
             values_start = start + shape[1] * shape[2] * self.head_dim * self.dtype.itemsize
-            self._keys = _view(region, start, self.dtype, (*shape, self.head_dim), stride)
-            self._values = _view(region, values_start, self.dtype, (*shape, self.value_dim), stride)
+            self._pools = (
+                view(region, start, self.dtype, (*shape, self.head_dim), stride),
+                view(region, values_start, self.dtype, (*shape, self.value_dim), stride),
+            )
         else:
             options: Any = {"dtype": self.dtype, "device": self.device}
-            self._keys = torch.empty(*shape, self.head_dim, **options)
-            self._values = torch.empty(*shape, self.value_dim, **options)
-            self._keys[NULL_PAGE].zero_()
-            self._values[NULL_PAGE].zero_()
+            self._pools = tuple(
+                torch.empty(*shape, dim, **options) for dim in (self.head_dim, self.value_dim)
+            )
+            for pool in self._pools:
+                pool[NULL_PAGE].zero_()
         self._capacity = num_pages
 
 
-def _reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
+def reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
     """Zeroed memory that is taken only where it is written, and its first aligned byte."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     try:
@@ -202,7 +272,7 @@ def _reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
     return region, -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
 
 
-def _view(
+def view(
     region: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...], stride: int
 ) -> Tensor:
     """Dense pages ``stride`` elements apart.

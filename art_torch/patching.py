@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from art_torch.criterion import Stability
+from art_torch.guided import UNIT_TOKENS
 from art_torch.ops import DecodeResult
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ WALKS = {
     "oldest_first": "recent tokens may never be read, which costs most quality (the paper's order)",
     "recent_first": "facts far back may be missed, and the sink tokens at the start are read last",
     "sink_recent": "facts far back may be missed: only the first and the newest tokens are certain",
+    "guided": "what is left out matters little by two-bit codes of the keys, which are estimates",
 }
 
 
@@ -37,6 +39,7 @@ def patch(
     block_size: int = 64,
     unit_size: int = 16,
     on_call: Callable[[int, dict[str, Any], DecodeResult], None] | None = None,
+    measure_mass: bool = False,
 ) -> PatchHandle:
     """Lets a HuggingFace model stop reading its KV cache once the attention output has settled.
 
@@ -54,7 +57,10 @@ def patch(
     Args:
         model: A causal language model of transformers.
         criterion: When to stop; None for exact attention by the same operator.
-        walk: Order of reading: ``"sink_recent"``, ``"recent_first"`` or ``"oldest_first"``.
+        walk: Order of reading: ``"sink_recent"``, ``"recent_first"``, ``"oldest_first"``, or
+            ``"guided"``: from the heaviest units down, by the key codes of an ``ARTCache``, which
+            it switches on. The guided walk runs on the CPU so far, with full attention; layers with
+            a sliding window then read all of their window.
         skip_layers: Layers that stay exact.
         per_layer: Other criteria for some layers (None is exact).
         num_pinned: Units read before anything is decided; see :func:`art_torch.decode_attention`.
@@ -62,6 +68,8 @@ def patch(
         unit_size: Tokens a unit of the walk.
         on_call: Called after every call of the operator with the layer, its arguments and its
             result, for recording.
+        measure_mass: Also measures which share of the softmax mass each call has read, for
+            ``stats.mass_read()``. Every step then reads the whole cache once more.
 
     Returns:
         The handle: a context manager with ``stats``, ``active`` and ``unpatch()``.
@@ -72,6 +80,7 @@ def patch(
             not fit.
         RuntimeError: The model is patched already.
         ModuleNotFoundError: transformers is not installed.
+        NotImplementedError: ``walk="guided"`` for a model that is not on the CPU.
     """
     others = dict(per_layer or {})
     given = {"criterion": criterion, **{f"per_layer[{i}]": other for i, other in others.items()}}
@@ -87,12 +96,20 @@ def patch(
     if num_pinned is not None and num_pinned < 0:
         raise ValueError(f"num_pinned must not be negative, got {num_pinned}")
 
+    if walk == "guided" and num_pinned is not None:
+        raise ValueError(
+            f'num_pinned must not be given with walk="guided", which brings its own, '
+            f"got {num_pinned}"
+        )
+    if walk == "guided" and unit_size != UNIT_TOKENS:
+        raise ValueError(f'unit_size must be {UNIT_TOKENS} with walk="guided", got {unit_size}')
+
     from art_torch.integrations.transformers import patch_model
 
     options = {"walk": walk, "block_size": block_size, "unit_size": unit_size}
     if num_pinned is not None:
         options["num_pinned"] = num_pinned
-    handle = patch_model(model, criterion, options, skip_layers, others, on_call)
+    handle = patch_model(model, criterion, options, skip_layers, others, on_call, measure_mass)
     if criterion is not None or any(value is not None for value in others.values()):
         logger.warning("walk %r with a stopping rule: %s", walk, WALKS[walk])
     return handle

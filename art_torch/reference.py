@@ -2,8 +2,8 @@
 
 This module is the specification: every kernel is tested against it and the documentation quotes it.
 It is written to be read, one (sequence, KV head) at a time, and calls no compiled code. Paper:
-Attention Run-time Termination, arXiv 2606.00024; the stopping rule is `output_change` together with
-the patience counter in `_attend`.
+Attention Run-time Termination, arXiv 2606.00024; the stopping rules are `output_change` and
+`StoppingRules`, and what becomes of their verdicts is `StopCounter`.
 
 Terms, used everywhere in this package:
 
@@ -14,6 +14,8 @@ Terms, used everywhere in this package:
 * *block*: `block_size / unit_size` consecutive units of the walk; one decision is made after each
   block.
 * *group*: the query heads that share a KV head. They read together and stop together.
+* *stable*: a block that changed the outputs of the group little (`Stability`).
+* *covered*: a block after which little of the softmax mass is left to read (`ResidualMass`).
 
 How a walk is cut into blocks never depends on the criterion. So `criterion=None` gives exactly the
 result of a criterion that never fires, and the output of a stopped head is that of exact attention
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,18 +35,30 @@ from art_torch._reference_checks import (
     check_append_kv,
     check_options,
     check_page_ids,
+    check_rest,
     check_tensors,
     check_walk,
-    thresholds_of,
 )
 from art_torch._reference_codes import decode_keys, encode_keys
 from art_torch._reference_guided import GuidedWalk, guided_walk
-
-if TYPE_CHECKING:
-    from art_torch.criterion import Stability
+from art_torch._reference_stops import (
+    MARGIN,
+    PROBABILITY_ROUNDING,
+    BlockChange,
+    BlockRest,
+    StopCounter,
+    StoppingRules,
+    decision_margin,
+    output_change,
+    stopping_rules,
+)
+from art_torch.criterion import Criterion, rules_of
 
 __all__ = [
+    "MARGIN",
+    "PROBABILITY_ROUNDING",
     "BlockChange",
+    "BlockRest",
     "GuidedWalk",
     "ReferenceResult",
     "append_kv",
@@ -53,34 +67,10 @@ __all__ = [
     "decode_keys",
     "encode_keys",
     "guided_walk",
+    "output_change",
 ]
 
-MARGIN = 16.0  # k of the error band
-PROBABILITY_ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 SINK_TOKENS = 64  # tokens that `sink_recent` reads first, and pins at either end
-
-
-class BlockChange(NamedTuple):
-    """What one block j >= 1 changed, for each of the G query heads of its group.
-
-    All tensors are float64 `[G]`.
-
-    Attributes:
-        d_scale: `| |o_j| - |o_{j-1}| | / |o_{j-1}|`.
-        d_direction: `1 - cos(o_j, o_{j-1})`.
-        weight: w, the share of the block in the softmax denominator after it (sinks included), in
-            [0, 1].
-        spread: r, mean |v| over |o_{j-1}|, with the larger of the means of |v| over the block and
-            over everything before it, both weighted by probability: how strongly the values cancel
-            in the output. 0 while every value read before the block is exactly zero.
-        max_logit: max |x| over all tokens read up to and including the block.
-    """
-
-    d_scale: Tensor
-    d_direction: Tensor
-    weight: Tensor
-    spread: Tensor
-    max_logit: Tensor
 
 
 class ReferenceResult(NamedTuple):
@@ -91,9 +81,11 @@ class ReferenceResult(NamedTuple):
         lse: `[B, Hq]` float64, natural log-sum-exp of the logits read, sinks excluded. -inf with
             nothing to read.
         tokens_read: `[B, Hkv]` int32, visible tokens of all blocks up to the stop.
-        stop_block: `[B, Hkv]` int32, index j of the block that completed `patience` (also when it
-            is the last one); -1 where patience was never completed.
+        stop_block: `[B, Hkv]` int32, index j of the block after which the criterion stopped (also
+            when it is the last one); -1 where it never did.
         trace: `trace[b][h]` lists what the blocks j = 1, 2, ... that were read changed.
+        rests: `rests[b][h]` lists what the blocks j = 0, 1, ... that were read left, with
+            `log_rest`; else it is empty.
     """
 
     out: Tensor
@@ -101,6 +93,7 @@ class ReferenceResult(NamedTuple):
     tokens_read: Tensor
     stop_block: Tensor
     trace: list[list[list[BlockChange]]]
+    rests: list[list[list[BlockRest]]]
 
 
 @torch.no_grad()
@@ -111,7 +104,7 @@ def decode_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
-    criterion: Stability | None = None,
+    criterion: Criterion | None = None,
     walk: str | Tensor = "sink_recent",
     walk_lens: Tensor | None = None,
     num_pinned: int | Tensor | None = None,
@@ -123,6 +116,7 @@ def decode_attention(
     sliding_window: int | None = None,
     alibi_slopes: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    log_rest: Tensor | None = None,
 ) -> ReferenceResult:
     """Attend with one query token per sequence, block by block, until the output stops changing.
 
@@ -153,6 +147,11 @@ def decode_attention(
         sliding_window: how many of the last tokens are visible, the query's own included.
         alibi_slopes: `[Hq]`, adds `slope * (j - (seq_len - 1))` to the logit of token j.
         seq_starts: int32 `[B]`, first visible token of each sequence, default 0.
+        log_rest: `[B, Hq, max_units]`, for `ResidualMass`, which needs an explicit `walk` and this:
+            the natural log of the sum of exp(logit) over all units of the walk after its entry i,
+            true or estimated. After a block, the entry of its last unit counts. So entries of units
+            without a visible token, which are dropped, may hold anything, and so may those from
+            `walk_lens` on.
 
     Returns:
         A `ReferenceResult`.
@@ -161,7 +160,7 @@ def decode_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape or a value out of range, also inside the index
             tensors; a walk names a unit twice; ALiBi or a window is combined with per-head
-            `seq_lens`.
+            `seq_lens`; `ResidualMass` lacks its `log_rest`, or `log_rest` a `ResidualMass`.
     """
     check_tensors(query, key_cache, value_cache, block_table, seq_lens, seq_starts)
     check_options(query, seq_lens, scale, softcap, attn_sinks, sliding_window, alibi_slopes)
@@ -169,13 +168,15 @@ def decode_attention(
     batch, num_q_heads, head_dim = query.shape
     num_kv_heads, value_dim = value_cache.shape[2:]
     group = num_q_heads // num_kv_heads
-    limits = thresholds_of(criterion, num_kv_heads)
+    rules = stopping_rules(criterion, num_kv_heads)
+    check_rest(query, walk, log_rest, rules_of(criterion).residual_mass is not None)
 
     out = torch.zeros(batch, num_q_heads, value_dim, dtype=torch.float64)
     lse = torch.full((batch, num_q_heads), -math.inf, dtype=torch.float64)
     tokens_read = torch.zeros(batch, num_kv_heads, dtype=torch.int32)
     stop_block = torch.full((batch, num_kv_heads), -1, dtype=torch.int32)
     trace: list[list[list[BlockChange]]] = [[] for _ in range(batch)]
+    rests: list[list[list[BlockRest]]] = [[] for _ in range(batch)]
     for b in range(batch):
         for h in range(num_kv_heads):
             heads = slice(h * group, (h + 1) * group)
@@ -204,11 +205,16 @@ def decode_attention(
                 order = walk[b, h, : walk_lens[b, h]].tolist()
             pinned = default_pinned(walk, unit_size) if num_pinned is None else num_pinned
             pinned = int(pinned[b, h]) if isinstance(pinned, Tensor) else pinned
-            blocks = cut_blocks(order, pinned, visible, block_size, unit_size)
-            state = _attend(head, blocks, None if limits is None else limits[h])
+            cut = (order, pinned, visible, block_size, unit_size)
+            left = None
+            if log_rest is not None:
+                last = [block[-1] for block in cut_entries(*cut)]
+                left = _exact(log_rest[b, heads][:, last])
+            state = _attend(head, cut_blocks(*cut), left, rules[h])
             out[b, heads], lse[b, heads], tokens_read[b, h], stop_block[b, h] = state[:4]
             trace[b].append(state[4])
-    return ReferenceResult(out, lse, tokens_read, stop_block, trace)
+            rests[b].append(state[5])
+    return ReferenceResult(out, lse, tokens_read, stop_block, trace, rests)
 
 
 def visible_tokens(seq_len: int, seq_start: int, sliding_window: int | None) -> range:
@@ -236,27 +242,38 @@ def default_pinned(walk: str | Tensor, unit_size: int) -> int:
     return 2 * math.ceil(SINK_TOKENS / unit_size) if is_sink_recent else 0
 
 
-def cut_blocks(
+def cut_entries(
     order: list[int], num_pinned: int, visible: range, block_size: int, unit_size: int
-) -> list[Tensor]:
-    """Cut a walk into blocks and return the visible tokens of each, in walk order.
+) -> list[list[int]]:
+    """Cut a walk into blocks and return the entries of each: positions in `order`.
 
     Pinned positions are counted in the walk as given; only then units without a visible token are
     dropped. The pinned units that remain are block 0. Without any, the first ordinary block is
     block 0. The last block may be short.
     """
-
-    def tokens_of(unit: int) -> range:
-        start, end = unit * unit_size, (unit + 1) * unit_size
-        return range(max(start, visible.start), min(end, visible.stop))
-
-    pinned = [u for u in order[:num_pinned] if tokens_of(u)]
-    others = [u for u in order[num_pinned:] if tokens_of(u)]
+    kept = [i for i, unit in enumerate(order) if unit_tokens(unit, visible, unit_size)]
+    pinned = [i for i in kept if i < num_pinned]
+    others = kept[len(pinned) :]
     size = block_size // unit_size
     blocks = [others[i : i + size] for i in range(0, len(others), size)]
-    if pinned:
-        blocks.insert(0, pinned)
-    return [torch.tensor([t for unit in block for t in tokens_of(unit)]) for block in blocks]
+    return [pinned, *blocks] if pinned else blocks
+
+
+def cut_blocks(
+    order: list[int], num_pinned: int, visible: range, block_size: int, unit_size: int
+) -> list[Tensor]:
+    """Cut a walk into blocks and return the visible tokens of each, in walk order."""
+    blocks = cut_entries(order, num_pinned, visible, block_size, unit_size)
+    return [
+        torch.tensor([t for i in block for t in unit_tokens(order[i], visible, unit_size)])
+        for block in blocks
+    ]
+
+
+def unit_tokens(unit: int, visible: range, unit_size: int) -> range:
+    """Return the visible tokens of a unit."""
+    start, end = unit * unit_size, (unit + 1) * unit_size
+    return range(max(start, visible.start), min(end, visible.stop))
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -290,12 +307,12 @@ class _Head:
 
 
 def _attend(
-    head: _Head, blocks: list[Tensor], limits: Tensor | None
-) -> tuple[Tensor, Tensor, int, int, list[BlockChange]]:
-    """Read the blocks in order until the rule stops.
+    head: _Head, blocks: list[Tensor], log_rest: Tensor | None, rules: StoppingRules
+) -> tuple[Tensor, Tensor, int, int, list[BlockChange], list[BlockRest]]:
+    """Read the blocks in order until the rules stop.
 
-    `limits` holds (d_scale, d_direction, patience), or is None to read everything. Returns out,
-    lse, tokens_read, stop_block and the trace.
+    `log_rest`, `[G, num_blocks]`, is what is left after each block. Returns out, lse, tokens_read,
+    stop_block, the changes and the rests.
     """
     group, value_dim = head.query.shape[0], head.values.shape[-1]
     nothing = torch.full((group,), -math.inf, dtype=torch.float64)
@@ -304,7 +321,9 @@ def _attend(
     output = torch.zeros(group, value_dim, dtype=torch.float64)
     mean_norm = torch.zeros(group, dtype=torch.float64)  # like output, but of |v|
     max_logit = torch.zeros(group, dtype=torch.float64)
-    tokens_read, patience_so_far, trace = 0, 0, []
+    tokens_read, counter = 0, StopCounter(rules)
+    trace: list[BlockChange] = []
+    rests: list[BlockRest] = []
     for j, tokens in enumerate(blocks):
         logits, values = head.read(tokens)
         block_lse = logits.logsumexp(-1)
@@ -318,91 +337,20 @@ def _attend(
         mean_norm = previous_norm + weight * (block_norm - previous_norm)
         max_logit = torch.maximum(max_logit, logits.abs().amax(-1))
         tokens_read += len(tokens)
-        if j == 0:
-            continue
 
-        d_scale, d_direction = output_change(previous, output)
-        spread = torch.maximum(previous_norm, block_norm) / previous.norm(dim=-1)
-        spread = spread.where(previous_norm != 0, 0.0)
-        trace.append(BlockChange(d_scale, d_direction, weight, spread, max_logit))
-        if limits is not None:
-            stable = (d_scale <= limits[0]) & (d_direction <= limits[1])
-            patience_so_far = patience_so_far + 1 if stable.all() else 0
-            if patience_so_far == limits[2]:
-                return output, lse, tokens_read, j, trace
-    return output, lse, tokens_read, -1, trace
-
-
-def output_change(previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (d_scale, d_direction), each `[G]`, between two outputs `[G, Dv]`.
-
-    This is what the stopping rule compares. Both are 0 when the outputs are equal, infinite when
-    only the previous one is zero, and 1 when only the current one is zero. The half squared
-    distance of the unit vectors is 1 - cos without its cancellation.
-    """
-    before, after = previous.norm(dim=-1), current.norm(dim=-1)
-    d_scale = (after - before).abs() / before
-    unit_before, unit_after = previous / before[:, None], current / after[:, None]
-    d_direction = (unit_after - unit_before).square().sum(-1) / 2
-    equal = (previous == current).all(-1)
-    d_direction = d_direction.where(before != 0, math.inf).where(after != 0, 1.0)
-    d_scale = d_scale.where(before != 0, math.inf)
-    return d_scale.where(~equal, 0.0), d_direction.where(~equal, 0.0)
-
-
-def decision_margin(
-    result: ReferenceResult, criterion: Stability | None, dtype: torch.dtype
-) -> Tensor:
-    """Tell for which heads rounding may have decided when to stop.
-
-    A kernel works in float32 (and, for half types, with rounded probabilities), so its d_scale and
-    d_direction lie in a band around those of float64. With eta = 2^-24 (1 + max |x|), plus 2^-9 for
-    bfloat16 or 2^-12 for float16, the output after a block is uncertain by delta = eta w r + 2^-50,
-    relative to |o_{j-1}|, and
-
-        d_scale      lies within  k delta,
-        d_direction  lies within  k (delta sqrt(2 d_direction) + delta^2
-                                     + eta d_direction + eta d_scale^2),
-
-    with k = 16 and x, w, r from `BlockChange`. (2^-50 stands for the rounding of float64 itself; it
-    only matters for thresholds near 0.) A decision is inside the margin when moving both changes of
-    every head of the group freely within their bands can turn a stable block into an unstable one
-    or back. So one head that is clearly unstable settles the block, whatever the other heads do.
-
-    Args:
-        result: what `decode_attention` returned.
-        criterion: the criterion it was called with.
-        dtype: dtype of the query and the caches.
-
-    Returns:
-        bool `[B, Hkv]`: True where any decision up to the stop is inside the margin. Where it is
-        False, every kernel stops at `result.stop_block`; where it is True either decision is right.
-    """
-    inside = torch.zeros(result.stop_block.shape, dtype=torch.bool)
-    limits = thresholds_of(criterion, inside.shape[1])
-    if limits is None:
-        return inside
-    for b, heads in enumerate(result.trace):
-        for h, changes in enumerate(heads):
-            inside[b, h] = any(_is_uncertain(change, limits[h], dtype) for change in changes)
-    return inside
-
-
-def _is_uncertain(change: BlockChange, limits: Tensor, dtype: torch.dtype) -> bool:
-    eta = 2.0**-24 * (1.0 + change.max_logit) + PROBABILITY_ROUNDING.get(dtype, 0.0)
-    scale, direction = change.d_scale, change.d_direction
-    delta = eta * change.weight * change.spread + 2.0**-50
-    scale_band = MARGIN * delta
-    direction_band = MARGIN * (
-        delta * (2.0 * direction).sqrt() + delta**2 + eta * direction + eta * scale**2
-    )
-    # Infinite as all values before the block are zero, or NaN: neither is a matter of rounding.
-    exact = ~scale.isfinite() & (change.spread == 0) | scale.isnan()
-    scale_band, direction_band = scale_band.where(~exact, 0.0), direction_band.where(~exact, 0.0)
-    stable = (scale + scale_band <= limits[0]) & (direction + direction_band <= limits[1])
-    unstable = (scale - scale_band > limits[0]) | (direction - direction_band > limits[1])
-    unstable |= scale.isnan()
-    return not bool(stable.all() | unstable.any())
+        stable = covered = False
+        if j > 0:
+            d_scale, d_direction = output_change(previous, output)
+            spread = torch.maximum(previous_norm, block_norm) / previous.norm(dim=-1)
+            spread = spread.where(previous_norm != 0, 0.0)
+            trace.append(BlockChange(d_scale, d_direction, weight, spread, max_logit))
+            stable = rules.thresholds is not None and rules.is_stable(trace[-1])
+        if log_rest is not None:
+            rests.append(BlockRest(log_rest[:, j], denominator, max_logit))
+            covered = rules.is_covered(rests[-1])
+        if counter.stops(stable, covered):
+            return output, lse, tokens_read, j, trace, rests
+    return output, lse, tokens_read, -1, trace, rests
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from art_torch.mass import MassRead, MassSums
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -66,6 +68,7 @@ class ReadStats:
     def __init__(self, kept_steps: int = 16384) -> None:
         self._kept_steps = kept_steps
         self._layers: dict[int, _LayerCounts] = {}
+        self._mass: dict[int, MassSums] = {}
         self._exact_fallbacks = 0
 
     # ---------------------------------------------------------------- counting
@@ -91,6 +94,16 @@ class ReadStats:
         counts.waiting.append((tokens_read, rows, present))
         if len(counts.waiting) >= _CHUNK:
             counts.flush()
+
+    def add_mass(self, layer: int, true: Tensor, estimated: Tensor | None) -> None:
+        """Counts the softmax mass that one step of one layer has read.
+
+        Args:
+            layer: Index of the layer.
+            true: ``[rows, num_q_heads]``, share of the mass.
+            estimated: ``[rows, num_kv_heads]``, as the key codes say; None without them.
+        """
+        self._mass.setdefault(layer, MassSums()).add(true, estimated)
 
     def prepare_on_device(self, layer: int, num_kv_heads: int, device: torch.device) -> None:
         """Makes the counters of :meth:`add_on_device`, so that a compiled step only adds to them.
@@ -141,6 +154,7 @@ class ReadStats:
             for name in ("device_read", "device_present", "device_steps"):
                 if (counter := getattr(old, name)) is not None:
                     setattr(counts, name, counter.zero_())
+        self._mass.clear()
         self._exact_fallbacks = 0
 
     # ---------------------------------------------------------------- asking
@@ -194,6 +208,20 @@ class ReadStats:
         heads = (read >= 0).sum(1)
         return float(read.clamp(min=0).sum() / (self.tokens_present() * heads).sum())
 
+    def mass_read(self) -> MassRead:
+        """Softmax mass read by each of :attr:`layers`, true and estimated.
+
+        Raises:
+            ValueError: It was not measured; see ``measure_mass`` of :func:`art_torch.patch`.
+        """
+        if not self._mass:
+            raise ValueError("softmax mass is measured with patch(..., measure_mass=True) only")
+        nothing = (torch.nan,) * 3
+        rows = [
+            self._mass[layer].means() if layer in self._mass else nothing for layer in self.layers
+        ]
+        return MassRead(*torch.tensor(rows, dtype=torch.float64).T)
+
     def per_step(self, layer: int) -> tuple[Tensor, Tensor]:
         """The kept steps of one layer, oldest first.
 
@@ -232,13 +260,18 @@ class ReadStats:
 
         self._require_steps()
         table = Table(title=f"KV tokens read, {self.steps} decode steps")
-        for title in ("layer", "mean", "lowest head", "highest head", "tokens present"):
+        mass = torch.stack(self.mass_read()).T if self._mass else torch.empty(len(self.layers), 0)
+        titles = ("mass read", "lowest", "estimated")[: mass.shape[1]]
+        for title in ("layer", "mean", "lowest head", "highest head", "tokens present", *titles):
             table.add_column(title, justify="right")
         present = self.tokens_present().tolist()
-        for layer, row, count in zip(self.layers, self.fractions(), present, strict=True):
+        for layer, row, count, shares in zip(
+            self.layers, self.fractions(), present, mass, strict=True
+        ):
             row = row[~row.isnan()]
             cells = (f"{x:.1%}" for x in (row.mean(), row.min(), row.max()))
-            table.add_row(str(layer), *cells, f"{count:,}")
+            more = ("" if x.isnan() else f"{x:.2%}" for x in shares)
+            table.add_row(str(layer), *cells, f"{count:,}", *more)
         table.add_section()
         table.add_row("all", f"{self.read_fraction():.1%}", "", "", f"{sum(present):,}")
         if self._exact_fallbacks:

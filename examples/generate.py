@@ -6,6 +6,7 @@ along the exact text token by token to measure how far its distributions are off
 
     python examples/generate.py                                  # SmolLM2-135M-Instruct
     python examples/generate.py --patience 2                     # reads less, forgets the fact
+    python examples/generate.py --walk guided                    # asks two-bit codes what to read
     python examples/generate.py --model path/or/hub-id --document my.txt --question "Who ...?"
 """
 
@@ -66,11 +67,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--d-scale", type=float, default=0.03, help="largest relative change of length")
     add("--d-direction", type=float, default=4.5e-4, help="largest 1 - cosine")
     add("--patience", type=int, default=8, help="stable blocks in a row")
-    add("--walk", default="sink_recent", choices=["sink_recent", "recent_first", "oldest_first"])
+    walks = ["sink_recent", "recent_first", "oldest_first", "guided"]
+    add("--walk", default="sink_recent", choices=walks, help="order of reading")
     add("--out", type=Path, default=Path("art_demo"), help="folder for heat maps and report")
     arguments = parser.parse_args()
     if arguments.max_new_tokens < 2:
         parser.error(f"--max-new-tokens must be at least 2, got {arguments.max_new_tokens}")
+    if arguments.walk == "guided" and arguments.device.type != "cpu":
+        parser.error("--walk guided runs on the CPU so far: add --device cpu")
     if not arguments.document.is_file():
         parser.error(f"--document: there is no file {arguments.document}")
     return arguments

@@ -60,7 +60,7 @@ class Inputs:
         """The same call for some sequences of the batch."""
         rows = torch.tensor(rows, dtype=torch.long)
         query, keys, values, *tables = self.tensors
-        per_batch = ("seq_starts", "walk", "walk_lens", "num_pinned")
+        per_batch = ("seq_starts", "walk", "walk_lens", "num_pinned", "log_rest")
         options = {
             k: v[rows].clone() if k in per_batch and isinstance(v, torch.Tensor) else v
             for k, v in self.options.items()

@@ -6,7 +6,7 @@ import torch
 from cases import CASES, GARBAGE_PAGE, Inputs
 
 from art_torch import encode_keys, guided_walk, key_code_bytes, reference
-from art_torch._reference_guided import order_units
+from art_torch._reference_guided import order_units, rest_after
 
 GROUP, UNIT = 64, 16
 LOGIT_OPTIONS = (
@@ -71,15 +71,17 @@ def visible_of(inputs, b, h):
     return reference.visible_tokens(seq_len, start, options.get("sliding_window"))
 
 
-def call_guided(function, inputs, codes):
+def call_guided(function, inputs, codes, **more):
     query, keys, _, table, lens = inputs.tensors
     options = {k: v for k, v in inputs.options.items() if k in LOGIT_OPTIONS}
-    return function(query, keys, table, lens, *codes, **options)
+    return function(query, keys, table, lens, *codes, **options, **more)
 
 
 def guided_inputs(inputs, result):
-    """The same case, attending over a guided walk."""
+    """The same case, attending over a guided walk; with what it leaves, if that is known."""
     walk = {"walk": result.walk, "walk_lens": result.walk_lens, "num_pinned": result.num_pinned}
+    if result.log_rest.shape[-1]:
+        walk["log_rest"] = result.log_rest
     return Inputs(inputs.tensors, {**inputs.options, **walk})
 
 
@@ -119,6 +121,36 @@ def check(inputs, codes, result=None):
     return total, different
 
 
+def check_rest(inputs, codes, result):
+    """Compare what a guided walk says that it leaves with its units, step by step and all in all.
+
+    Returns how many numbers there are, and how many were rounded to another step.
+    """
+    group = result.log_rest.shape[1] // result.walk.shape[1]
+    total, different = 0, 0
+    for b, h in [(b, h) for b in range(len(result.walk)) for h in range(result.walk.shape[1])]:
+        rest = result.log_rest[b, h * group : (h + 1) * group].double()
+        n = int(result.walk_lens[b, h])
+        assert (rest[:, max(n - 1, 0) :] == -math.inf).all()
+        if n < 2:
+            continue
+        units = result.walk[b, h, :n].long()
+        lse, _, magnitude = _exact_lse(inputs, codes, b, h)
+        lse, rest = lse[:, units - units.min()], rest[:, : n - 1]
+        away = (rest - rest_after(lse)[:, : n - 1]).nan_to_num(0.0, -1.0, -1.0) * STEPS_PER_NAT
+        noise = 16 * 2.0**-24 * STEPS_PER_NAT * magnitude + 0.02
+        assert away.abs().max() <= 1 + noise
+        total, different = total + rest.numel(), different + int((away.abs() > 0.5).sum())
+        # Half a step each for the rounding of the units and of their sum. A weight is rounded down
+        # to a multiple of 2^-31 of the largest, which only matters where little is left.
+        exact = lse.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]
+        fine = exact > lse.amax(-1, keepdim=True) + math.log(n * 1e3) - 31 * math.log(2)
+        away = (rest - exact)[fine] * STEPS_PER_NAT
+        assert fine[:, 0].all()
+        assert away.abs().max() <= 1.1 + noise
+    return total, different
+
+
 def _steps_by_unit(result, b, h):
     n = int(result.walk_lens[b, h])
     units = result.walk[b, h, :n].long()
@@ -131,6 +163,12 @@ def _steps_by_unit(result, b, h):
 
 def _exact_steps(inputs, codes, b, h):
     """Shares without any rounding, and the magnitude of the terms that a logit is summed from."""
+    lse, total, magnitude = _exact_lse(inputs, codes, b, h)
+    return (lse - total[:, None]).amax(0) * STEPS_PER_NAT, magnitude
+
+
+def _exact_lse(inputs, codes, b, h):
+    """Of every unit and of all of them with the sinks, for each query head; and that magnitude."""
     query, keys, _, table, _ = (t.cpu() for t in inputs.tensors)
     options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.options.items()}
     pool, code_table = (t.cpu() for t in codes)
@@ -164,8 +202,7 @@ def _exact_steps(inputs, codes, b, h):
     everything = logits if sinks is None else torch.cat([logits, sinks[heads, None].double()], -1)
     units = torch.tensor(visible) // UNIT
     lse = [logits[:, units == u].logsumexp(-1) for u in units.unique()]
-    shares = torch.stack(lse, -1) - everything.logsumexp(-1)[:, None]
-    return shares.amax(0) * STEPS_PER_NAT, magnitude
+    return torch.stack(lse, -1), everything.logsumexp(-1), magnitude
 
 
 def _assert_near(steps, exact, magnitude):

@@ -7,7 +7,7 @@ import torch
 from cases import Case, build
 from contract import assert_refused, call
 
-from art_torch import DecodeResult, Stability, decode_attention, reference
+from art_torch import DecodeResult, ResidualMass, Stability, decode_attention, reference
 
 BATCH, HQ, HKV, DIM, PAGES, PAGE = 2, 4, 2, 32, 9, 16
 
@@ -163,7 +163,28 @@ BAD = {
     "alibi_shape": ({"alibi_slopes": torch.ones(HKV)}, ValueError, "alibi_slopes"),
     "sinks_shape": ({"attn_sinks": torch.ones(BATCH, HQ)}, ValueError, "attn_sinks"),
     "limits_shape": ({"criterion": Stability(torch.ones(3), 0.1)}, ValueError, "3"),
-}
+    "criterion_type": ({"criterion": 0.03}, TypeError, "float"),
+    "rest_of_a_name": ({"criterion": ResidualMass(0.1)}, ValueError, "walk='sink_recent'"),
+    "rest_missing": (explicit(GOOD_WALK, criterion=ResidualMass(0.1)), ValueError, "log_rest"),
+    "rest_shape": (
+        explicit(GOOD_WALK, criterion=ResidualMass(0.1), log_rest=torch.zeros(BATCH, HKV, 2)),
+        ValueError,
+        "[2, 2, 2]",
+    ),
+    "rest_units": (
+        explicit(GOOD_WALK, criterion=ResidualMass(0.1), log_rest=torch.zeros(BATCH, HQ, 3)),
+        ValueError,
+        "[2, 4, 3]",
+    ),
+    "rest_without_criterion": (
+        explicit(GOOD_WALK, log_rest=torch.zeros(BATCH, HQ, 2)), ValueError, "ResidualMass",
+    ),
+    "rest_of_stability": (
+        explicit(GOOD_WALK, criterion=Stability(), log_rest=torch.zeros(BATCH, HQ, 2)),
+        ValueError,
+        "ResidualMass",
+    ),
+}  # fmt: skip
 # What the reference does not have, or does not care about.
 BAD_FOR_OPERATORS = {
     "query_float64": ({k: v.double() for k, v in heads_of_dim(DIM).items()}, TypeError, "float64"),
@@ -178,7 +199,6 @@ BAD_FOR_OPERATORS = {
         ValueError,
         "value_cache",
     ),
-    "criterion_type": ({"criterion": 0.03}, TypeError, "float"),
     "walk_type": ({"walk": 3}, TypeError, "int"),
     "query_type": ({"query": [1.0]}, (TypeError, ValueError, RuntimeError), "list"),
     "query_none": ({"query": None}, (TypeError, ValueError, RuntimeError), "None"),
@@ -247,7 +267,15 @@ def test_patience_is_an_int(patience):
         {"criterion": 1, "thresholds": torch.full((HKV, 2), math.nan)},
         {"criterion": 1, "thresholds": torch.zeros(HKV)},
         {"criterion": 1, "thresholds": torch.zeros(HKV, 2).double()},
-        {"criterion": 64},
+        *({"criterion": bits} for bits in (-1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 64)),
+        {"residual_mass": 1.0},
+        {"residual_mass": -0.1},
+        {"residual_mass": math.nan},
+        {"criterion": 2, "log_rest": torch.zeros(BATCH, HQ, 2)},
+        explicit(GOOD_WALK, criterion=2),
+        explicit(GOOD_WALK, criterion=1, log_rest=torch.zeros(BATCH, HQ, 2)),
+        explicit(GOOD_WALK, criterion=2, log_rest=torch.zeros(BATCH, HQ, 2).double()),
+        explicit(GOOD_WALK, criterion=3, log_rest=torch.zeros(BATCH, HQ, 4)[..., ::2]),
         {"num_pinned": 1, "num_pinned_per_head": int32([0, 0], [0, 0])},
         {"sliding_window": -1},
         {"attn_sinks": torch.zeros(HQ).double()},

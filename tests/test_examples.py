@@ -29,10 +29,12 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
-def test_demo_prints_both_texts_and_measures_them(tmp_path):
+@pytest.mark.parametrize("walk", ["sink_recent", "guided"])
+def test_demo_prints_both_texts_and_measures_them(tmp_path, walk):
     document = tmp_path / "document.txt"
     document.write_text("\n\n".join(DOCUMENT.read_text().split("\n\n")[:6]))
     settings = ("--document", str(document), "--max-new-tokens", "3", "--patience", "1")
+    settings += ("--walk", walk)
     done = run_demo(*settings, "--question", "Who hacked the game?", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
@@ -82,10 +84,12 @@ def test_notebook_finds_the_fact_with_part_of_the_cache():
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output["data"] for output in outputs if "data" in output]
     answers = [data["text/plain"] for data in shown if "Group demonstrated" in data["text/plain"]]
-    exact, with_art, table = answers
+    exact, with_art, table, walks = answers
     assert "28 April 2001" in exact
     assert exact == with_art
     assert re.search(r"ART .*\b[2-6]\d%", table)
+    assert re.search(r"guided .*\b[1-4]\d%.* 28 April 2001", walks)
+    assert walks.count("28 April 2001") == 2  # exact and guided, not the paper's order
     assert any("image/png" in data for data in shown)
 
 

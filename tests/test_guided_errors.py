@@ -5,6 +5,7 @@ import torch
 from contract import assert_refused
 
 from art_torch import (
+    ResidualMass,
     Stability,
     decode_attention,
     encode_keys,
@@ -175,6 +176,11 @@ def test_decode_attention_with_a_guided_walk():
         attend(num_pinned=3)
     with pytest.raises(ValueError, match="walk_lens must not be given"):
         attend(walk_lens=int32([1, 1], [1, 1]))
+    with pytest.raises(ValueError, match="log_rest must not be given"):
+        attend(log_rest=torch.zeros(BATCH, HQ, 12), criterion=ResidualMass())
+    with pytest.raises(ValueError, match=r'ResidualMass.*walk="guided"'):
+        attend(walk="oldest_first", criterion=ResidualMass())
+    assert attend(criterion=ResidualMass()).stop_block.min() >= 0
     with pytest.raises(ValueError, match="guided_walk: key_codes must have shape"):
         attend(**pool(7, HKV, 64))
     with pytest.raises(ValueError, match="block_size"):

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from cases import BASE, DTYPES, LOOSE, Case, build
-from coded import GUIDED_CASES, UNIT, call_guided, check, guided_inputs, visible_of, with_codes
+from coded import (
+    GUIDED_CASES,
+    UNIT,
+    call_guided,
+    check,
+    check_rest,
+    guided_inputs,
+    visible_of,
+    with_codes,
+)
 from contract import check as check_attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,8 +39,8 @@ SOME = [
 ]  # fmt: skip
 
 
-def walk_of(inputs, codes):
-    return call_guided(guided_walk, inputs, codes)
+def walk_of(inputs, codes, **more):
+    return call_guided(guided_walk, inputs, codes, **more)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
@@ -40,6 +49,22 @@ def test_against_the_reference(case, dtype, device):
     inputs = build(case, dtype, device)
     total, different = check(inputs, with_codes(inputs))
     # A share is rounded twice; both roundings seldom fall on the other side.
+    assert different <= 5 + 0.02 * total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("case", [*GUIDED_CASES, *LENGTHS, *SOME], **by_name)
+def test_what_a_walk_leaves(case, dtype):
+    inputs = build(case, dtype)
+    codes = with_codes(inputs)
+    plain, result = walk_of(inputs, codes), walk_of(inputs, codes, rest=True)
+    assert plain.log_rest.shape == (*inputs.tensors[0].shape[:2], 0)
+    assert result.log_rest.dtype == plain.log_rest.dtype == torch.float32
+    assert result.log_rest.shape == (*inputs.tensors[0].shape[:2], result.walk.shape[-1])
+    for a, b in zip(plain[:4], result[:4], strict=True):
+        assert torch.equal(a, b)
+    total, different = check_rest(inputs, codes, result)
+    # A heavy unit that is rounded the other way moves all that is left before it.
     assert different <= 5 + 0.02 * total
 
 
@@ -114,17 +139,57 @@ def test_equal_units_keep_their_order(device):
 def test_alone_in_any_batch_and_with_any_threads(case, dtype, device):
     inputs = build(case, dtype, device)
     pool, table = with_codes(inputs)
-    expected = walk_of(inputs, (pool, table))
+    expected = walk_of(inputs, (pool, table), rest=True)
     size = len(case.seq_lens)
     for rows in [[i] for i in range(size)] + [list(range(size))[::-1], [size - 1, 0, 0]]:
-        some = walk_of(inputs.select(rows), (pool, table[rows]))
+        some = walk_of(inputs.select(rows), (pool, table[rows]), rest=True)
         for a, b in zip(some, expected, strict=True):
             assert torch.equal(a, b[rows])
     for threads in (2, 3):
         torch.set_num_threads(threads)
         for _ in range(3):
-            for a, b in zip(walk_of(inputs, (pool, table)), expected, strict=True):
+            again = walk_of(inputs, (pool, table), rest=True)
+            for a, b in zip(again, expected, strict=True):
                 assert torch.equal(a, b)
+
+
+def test_what_is_left_is_halved():
+    """Equal units: after i + 1 of n, the log-sum-exp of n - 1 - i of them."""
+    inputs = build(Case("equal", (1600,), num_q_heads=2, num_kv_heads=1), torch.float32)
+    inputs.tensors[0].zero_()
+    rest = walk_of(inputs, with_codes(inputs), rest=True).log_rest[0, :, :99]
+    expected = torch.arange(99, 0, -1).log().expand(2, -1) + math.log(16)
+    torch.testing.assert_close(rest, expected, rtol=0, atol=0.0055)
+
+
+def one_heavy_unit(heads, logit):
+    """Seventeen units with logits 0, but for the last one, which has no codes. Walk: 0 to 3, 12 to
+    15, this one, 4 to 11.
+    """
+    inputs = build(Case("heavy", (272,), num_q_heads=heads, num_kv_heads=1), torch.float32)
+    query, keys, _, table, _ = inputs.tensors
+    keys[table[0, :17].long()] = 0.0
+    keys[table[0, 16].long(), :, 0] = 1.0
+    query.zero_()[0, :, 0] = torch.as_tensor(logit) * 8
+    result = walk_of(inputs, with_codes(inputs), rest=True)
+    assert result.walk[0, 0, :17].tolist() == [*range(4), *range(12, 17), *range(4, 12)]
+    return result.log_rest[0]
+
+
+@pytest.mark.parametrize(("octaves", "left"), [(28, 16), (31, 16), (32, 8), (33, 8), (1, 16)])
+def test_what_weighs_next_to_nothing_is_not_left(octaves, left):
+    """That is 2^-32 of the largest unit, though this one has been read already."""
+    (rest,) = one_heavy_unit(1, octaves * math.log(2))
+    assert (rest > -math.inf).tolist() == [i < left for i in range(len(rest))]
+    if left == 16:
+        expected = torch.arange(8, 0, -1).log() + math.log(16)
+        torch.testing.assert_close(rest[8:16], expected, rtol=0, atol=0.006)
+
+
+def test_logits_beyond_the_limit_leave_more_than_can_be_told():
+    rest = one_heavy_unit(2, [340.0, 400.0])
+    assert (rest[0, :8] - 340 - math.log(16)).abs().max() < 0.006
+    assert rest[1].tolist() == [math.inf] * 8 + [-math.inf] * 10
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
@@ -135,10 +200,11 @@ def test_extreme_numbers(value, device):
     codes = with_codes(inputs)
     keys[table[0, 61].long(), 5] = value  # not in a complete group
     query[0, 0, 3] = value
-    result = walk_of(inputs, codes)
+    result = walk_of(inputs, codes, rest=True)
     for h in range(2):
         assert sorted(result.walk[0, h, :63].tolist()) == list(range(63))
     assert not result.log_mass.isnan().any()
+    assert not result.log_rest.isnan().any()
 
 
 def test_no_sequences(device):
@@ -147,6 +213,7 @@ def test_no_sequences(device):
     result = walk_of(inputs, (pool, table))
     assert result.walk.shape == (0, 2, 2)
     assert result.walk_lens.shape == result.num_pinned.shape == (0, 2)
+    assert walk_of(inputs, (pool, table), rest=True).log_rest.shape == (0, 4, 2)
 
 
 @settings(
@@ -178,7 +245,10 @@ def test_random_cases(device, data):
         query_scale=draw(st.sampled_from([0.1, 1.0, 4.0])), options=options, **more,
     )  # fmt: skip
     inputs = build(case, draw(st.sampled_from(DTYPES)), device, seed=draw(st.integers(0, 99)))
-    check(inputs, with_codes(inputs))
+    codes = with_codes(inputs)
+    result = walk_of(inputs, codes, rest=True)
+    check(inputs, codes, result)
+    check_rest(inputs, codes, result)
 
 
 def test_reference_result_is_usable(device):

@@ -1,13 +1,16 @@
 """Shapes, walks and options drawn at random, against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import DTYPES, Case, build
 from contract import check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rests import with_true_rest
 
-from art_torch import Stability, append_kv, decode_attention, reference
+from art_torch import ResidualMass, Stability, append_kv, decode_attention, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,6 +82,21 @@ thresholds = st.floats(-9, -0.5).map(lambda e: 10.0**e)
 )
 def test_any_call_agrees_with_the_reference(case, dtype, criterion, seed, device):
     check(build(case, dtype, device, seed), criterion)
+
+
+@settings(SETTINGS, max_examples=120)
+@given(
+    case=cases(), dtype=st.sampled_from(DTYPES), eps=st.floats(0, 1, exclude_max=True),
+    other=st.none() | st.builds(Stability, thresholds, thresholds, st.integers(1, 3)),
+    all_agree=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_rest_agrees_with_the_reference(case, dtype, eps, other, all_agree, seed):
+    # This is about stops. Values that cancel would make it one of rounding in long sums, too.
+    inputs = build(replace(case, walk="explicit", value_mean=1.0), dtype, seed=seed)
+    criterion = ResidualMass(eps)
+    if other is not None:
+        criterion = criterion & other if all_agree else criterion | other
+    check(with_true_rest(inputs), criterion)
 
 
 @SETTINGS

@@ -3,14 +3,17 @@
 import pytest
 import torch
 from cases import CASES, DTYPES, LOOSE, Case, build
-from coded import LOGIT_OPTIONS, with_codes
+from coded import LOGIT_OPTIONS, call_guided, guided_inputs, with_codes
+from rests import bare_arguments as arguments_of
 
 from art_torch import (
     DecodeResult,
+    ResidualMass,
     Stability,
     append_kv,
     decode_attention,
     encode_keys,
+    guided_walk,
     key_code_bytes,
 )
 
@@ -51,6 +54,23 @@ def test_opcheck_variants(device):
     torch.library.opcheck(torch.ops.art.decode_attention.out, args, kwargs | out)
 
 
+@pytest.mark.parametrize(
+    "criterion",
+    [ResidualMass(0.1), Stability() | ResidualMass(0.1), Stability() & ResidualMass(0.1)],
+    ids=["alone", "either", "both"],
+)
+def test_opcheck_residual_mass(criterion):
+    inputs = build(BIG, torch.float32)
+    inputs = guided_inputs(inputs, call_guided(guided_walk, inputs, with_codes(inputs), rest=True))
+    args, kwargs = inputs.tensors, arguments_of(inputs, criterion)
+    torch.library.opcheck(torch.ops.art.decode_attention.default, args, kwargs)
+    out = {
+        k: torch.zeros_like(v)
+        for k, v in inputs.call(decode_attention, criterion=criterion)._asdict().items()
+    }
+    torch.library.opcheck(torch.ops.art.decode_attention.out, args, kwargs | out)
+
+
 def test_opcheck_append_kv(device):
     caches = [torch.zeros(4, 8, 2, d, device=device) for d in (32, 64)]
     new = [torch.randn(5, 2, d, device=device) for d in (32, 64)]
@@ -71,6 +91,7 @@ def test_opcheck_guided_walk(name, dtype, device):
     (case,) = (case for case in CASES if case.name == name)
     args, kwargs = guided_arguments(case, dtype, device)
     torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs)
+    torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs | {"rest": True})
 
 
 def test_opcheck_encode_keys(device):
@@ -85,7 +106,8 @@ def test_opcheck_encode_keys(device):
         torch.library.opcheck(torch.ops.art.encode_keys.default, args, kwargs)
 
 
-def test_compile_a_guided_step(device):
+@pytest.mark.parametrize("criterion", [LOOSE, LOOSE | ResidualMass(0.2)], ids=["art", "either"])
+def test_compile_a_guided_step(criterion, device):
     """Encoding, ordering and attention in one graph; the codes are written."""
     args, _ = guided_arguments(BIG, torch.float32, device)
     query, keys, table, lens, pool, codes = args
@@ -94,7 +116,7 @@ def test_compile_a_guided_step(device):
         encode_keys(keys, table, lens, pool, codes.clamp(max=pool.shape[0] - 1))
         return decode_attention(
             query, keys, keys, table, lens, walk="guided", key_codes=pool, code_table=codes,
-            criterion=LOOSE,
+            criterion=criterion,
         ).out + 1  # fmt: skip
 
     pools = [torch.zeros_like(pool) for _ in range(2)]

@@ -113,3 +113,23 @@ def test_plot(tmp_path, layers, ending):
         image = matplotlib.image.imread(path)[..., :3]
         assert math.isclose(image.max(), 1.0, abs_tol=0.01)
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > 10
+
+
+def test_mass_is_shown_beside_what_was_read():
+    stats = filled(steps=2)
+    assert len(stats.table().columns) == 5
+    with pytest.raises(ValueError, match="measured with patch"):
+        stats.mass_read()
+    stats.add_mass(2, torch.tensor([[0.9, 0.7]]), None)
+    stats.add_mass(2, torch.tensor([[1.0, 0.8]]), torch.tensor([[0.95]]))
+    mass = stats.mass_read()
+    assert mass.true[1].item() == pytest.approx(0.85)
+    assert mass.lowest[1].item() == pytest.approx(0.7)
+    assert mass.estimated[1].item() == pytest.approx(0.95)  # of the guided steps
+    assert torch.stack(mass)[:, 0].isnan().all()  # layer 0 was not measured
+    cells = [list(column.cells) for column in stats.table().columns]
+    assert [column[1] for column in cells[5:]] == ["85.00%", "70.00%", "95.00%"]
+    assert [column[0] for column in cells[5:]] == ["", "", ""]
+    stats.reset()
+    with pytest.raises(ValueError, match="measured with patch"):
+        stats.mass_read()

@@ -41,4 +41,14 @@ ART_HD float log_sum_exp(const SoftmaxState& state) {
   return state.sum == 0.0f ? -INFINITY : state.max + std::log(state.sum);
 }
 
+// Natural logarithm of the denominator, sink included. Not through sink_mass(), which overflows
+// where a sink is far above every logit.
+ART_HD float log_denominator(const SoftmaxState& state, const float* sink_logit) {
+  const float lse = log_sum_exp(state);
+  if (sink_logit == nullptr) return lse;
+  const float sink = *sink_logit, max = lse > sink ? lse : sink;
+  if (max == -INFINITY) return lse;
+  return max + std::log(std::exp(lse - max) + std::exp(sink - max));
+}
+
 }  // namespace art

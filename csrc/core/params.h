@@ -65,7 +65,11 @@ struct DecodeParams {
   float d_direction;
   const float* thresholds;  // [num_kv_heads, 2]: d_scale, d_direction; null: the two floats above
   int32_t patience;
-  bool batch_invariant;  // the same bits, whatever the batch
+  bool use_residual;
+  float residual_limit;   // see core/termination.h
+  const float* log_rest;  // [batch, num_q_heads, max_units]: of the mass after each entry of walk
+  bool all_agree;         // stability and residual mass must; false: one is enough
+  bool batch_invariant;   // the same bits, whatever the batch
 
   void* out;             // [batch, num_q_heads, value_dim], contiguous
   float* lse;            // [batch, num_q_heads]
@@ -97,12 +101,13 @@ struct EncodeParams {
 struct GuidedParams {
   DecodeParams attention;  // its query, keys, tables, lengths and logits; unit_size is kUnitTokens
   CodePool codes;
-  int32_t max_units;  // row length of walk and log_mass
+  int32_t max_units;  // row length of walk, log_mass and log_rest
 
   int32_t* walk;        // [batch, num_kv_heads, max_units]
   int32_t* walk_lens;   // [batch, num_kv_heads]
   int32_t* num_pinned;  // [batch, num_kv_heads]
   float* log_mass;      // [batch, num_kv_heads, max_units]
+  float* log_rest;      // [batch, num_q_heads, max_units], or null
 };
 
 // New tokens of one tensor, keys or values, and the cache that takes them.

@@ -49,6 +49,9 @@ struct StepSchedule {
     return step < num_start_steps ? 0 : step - num_start_steps + 1;
   }
 
+  // The starting output may take several steps, every other block is one.
+  ART_HD bool completes_block(int32_t step) const { return step + 1 >= num_start_steps; }
+
   ART_HD static int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
 };
 

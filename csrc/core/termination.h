@@ -1,5 +1,6 @@
-// The stopping rule of Attention Run-time Termination (arXiv 2606.00024): how much one block of
-// keys changed the attention output, and whether reading may stop. The only definition there is.
+// When reading may stop. The rule of Attention Run-time Termination (arXiv 2606.00024): how much
+// one block of keys changed the attention output. And our own: how much of the softmax mass is
+// left. The only definitions there are.
 #pragma once
 
 #include <cmath>
@@ -126,5 +127,23 @@ struct PatienceCounter {
     return -1;
   }
 };
+
+// With T the softmax denominator of what was read and R the mass of the rest, R / (T + R) <= eps
+// just when log(R) - log(T) is at most this. -inf for eps 0: then nothing may be left.
+inline float residual_limit(double eps) { return static_cast<float>(std::log(eps / (1.0 - eps))); }
+
+// Whether a head has so much of its softmax mass that it needs no more. A block is covered when
+// every query head of the group is. NaN is never covered, and neither are 0 or
+// infinity of as much.
+ART_HD bool is_covered(const SoftmaxState& read, const float* sink_logit, float log_rest,
+                       float limit) {
+  return log_rest - log_denominator(read, sink_logit) <= limit;
+}
+
+// Whether to stop after a block. `settled`: it completes the patience, and `covered`; false where
+// there is no such rule. `all_agree` is for two rules, of which one is otherwise enough.
+ART_HD bool stops(bool settled, bool covered, bool all_agree) {
+  return all_agree ? settled && covered : settled || covered;
+}
 
 }  // namespace art

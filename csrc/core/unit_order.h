@@ -15,6 +15,7 @@ namespace art {
 constexpr float kStepsPerNat = 92.33248261689366f;  // 64 / ln 2
 constexpr float kNatsPerStep = 0.010830424696249145f;
 constexpr int32_t kLeastSteps = -32767;
+constexpr int32_t kMostSteps = 32767;
 constexpr int32_t kBucketSteps = 8;  // a bucket holds units within 1/8 to base 2
 constexpr int32_t kNumBuckets = 256;
 constexpr int32_t kSinkUnits = kSinkTokens / kUnitTokens;
@@ -23,7 +24,7 @@ constexpr int32_t kSinkUnits = kSinkTokens / kUnitTokens;
 ART_HD int16_t quantise_steps(float steps) {
   const float rounded = std::rint(steps);
   if (!(rounded > kLeastSteps) || rounded == INFINITY) return kLeastSteps;
-  return static_cast<int16_t>(rounded < 32767.0f ? rounded : 32767.0f);
+  return static_cast<int16_t>(rounded < kMostSteps ? rounded : kMostSteps);
 }
 
 // round(2^31 * 2^(-fraction / 64))
@@ -48,12 +49,13 @@ ART_HD uint64_t mass_below(uint32_t below) {
   return below >= 32 * 64 ? 0 : power_of_fraction(below % 64) >> below / 64;
 }
 
-// 64 * log2(mass / 2^31), rounded; mass >= 2^31.
+// 64 * log2(mass / 2^31), rounded; mass > 0.
 ART_HD int32_t steps_of_mass(uint64_t mass) {
   const int32_t exponent = highest_bit(mass);
+  const uint64_t leading = exponent < 31 ? mass << (31 - exponent) : mass >> (exponent - 31);
   // To the nearest step: half a step more, and then down to a whole one.
   constexpr uint64_t kHalfStep = 0x80b1ed50;  // 2^31 * 2^(1/128)
-  const uint64_t scaled = (mass >> (exponent - 31)) * kHalfStep >> 31;
+  const uint64_t scaled = leading * kHalfStep >> 31;
   // How many of the powers 2^(1/64) to 2^1 it reaches: seven comparisons, for they ascend.
   int32_t fraction = 0;
   for (int32_t more = 64; more > 0; more /= 2) {
@@ -61,6 +63,15 @@ ART_HD int32_t steps_of_mass(uint64_t mass) {
     if (next <= 64 && scaled >= 2 * uint64_t{power_of_fraction(64 - next)}) fraction = next;
   }
   return 64 * (exponent - 31) + fraction;
+}
+
+// The same as a natural logarithm, of the mass after an entry of a walk. `largest`: steps of the
+// head's largest unit, to which masses are relative. At the limit of int16 that is only a lower
+// bound, and so would this be: then nobody shall trust it.
+ART_HD float log_of_rest(uint64_t mass, int32_t largest) {
+  if (mass == 0) return -INFINITY;
+  if (largest == kMostSteps) return INFINITY;
+  return static_cast<float>(largest + steps_of_mass(mass)) * kNatsPerStep;
 }
 
 ART_HD int32_t bucket_of(int32_t score, int32_t best) {

@@ -68,11 +68,14 @@ ART_HD TokenRange unit_tokens(int32_t unit, int32_t unit_size, TokenRange visibl
 
 // The units of an explicit walk that have a visible token, in their order. `kept` may be the
 // input. Returns the walk over them; pinned positions are counted before units are dropped.
+// `entries`, where it is wanted: their positions in the walk as it was given.
 ART_HD Walk explicit_walk(const int32_t* units, int32_t num_units, int32_t num_pinned,
-                          TokenRange visible, int32_t unit_size, int32_t* kept) {
+                          TokenRange visible, int32_t unit_size, int32_t* kept,
+                          int32_t* entries = nullptr) {
   Walk walk = {WalkOrder::kExplicit, 0, 0, 0, 0, kept};
   for (int32_t i = 0; i < num_units; ++i) {
     if (unit_tokens(units[i], unit_size, visible).size() <= 0) continue;
+    if (entries != nullptr) entries[walk.num_units] = i;
     kept[walk.num_units++] = units[i];
     if (i < num_pinned) ++walk.num_pinned;
   }

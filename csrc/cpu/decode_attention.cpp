@@ -44,6 +44,7 @@ struct Workspace {
   ItemState* items;             // [num_items]
   std::atomic<bool>* computed;  // [num_items, max_chunks]
   int32_t* kept_units;          // [num_items, max_units], for explicit walks
+  int32_t* kept_entries;        // [num_items, max_units], where they were; null if nobody asks
   char* running;                // [num_items] accumulators
   char* scratch;                // [num_workers] scratch buffers
   char* stored;                 // [num_items, stored_steps] accumulators
@@ -77,6 +78,8 @@ Workspace lay_out(const DecodeParams& params, const DecodePlan& plan, void* base
   space.computed = arena.take<std::atomic<bool>>(items * plan.max_chunks);
   const bool is_explicit = params.walk_order == WalkOrder::kExplicit;
   space.kept_units = arena.take<int32_t>(is_explicit ? items * params.max_units : 0);
+  int32_t* entries = arena.take<int32_t>(params.use_residual ? items * params.max_units : 0);
+  space.kept_entries = params.use_residual ? entries : nullptr;
   space.running = arena.take<char>(items * space.accumulator_bytes);
   space.scratch = arena.take<char>(plan.num_workers * space.scratch_bytes);
   space.stored = arena.take<char>(items * plan.stored_steps * space.accumulator_bytes);
@@ -84,7 +87,7 @@ Workspace lay_out(const DecodeParams& params, const DecodePlan& plan, void* base
   return space;
 }
 
-Item plan_item(const DecodeParams& params, int64_t index, int32_t* kept_units) {
+Item plan_item(const DecodeParams& params, int64_t index, const Workspace& space) {
   const TokenRange visible = visible_of(params, index);
   const int32_t pinned = num_pinned_of(params, index);
   if (params.walk_order != WalkOrder::kExplicit) {
@@ -94,7 +97,8 @@ Item plan_item(const DecodeParams& params, int64_t index, int32_t* kept_units) {
   // The units that stay are written to the workspace: the caller's walk is not ours to change.
   const int64_t row = index * params.max_units;
   const Walk walk = explicit_walk(params.walk + row, params.walk_lens[index], pinned, visible,
-                                  params.unit_size, kept_units + row);
+                                  params.unit_size, space.kept_units + row,
+                                  params.use_residual ? space.kept_entries + row : nullptr);
   return make_item(params, index, visible, walk);
 }
 
@@ -174,12 +178,28 @@ class Worker {
       const int32_t block = state.item.steps.block_of(step);
       const bool compare = params_.use_stability && block > 0;
       const bool stable = kernels_.fold_step(params_, state.item, result, compare, running);
-      if (compare && state.patience.completes(stable, params_.patience)) {
-        return finish(state, index, running, block);
-      }
+      const bool settled = compare && state.patience.completes(stable, params_.patience);
+      const bool covered =
+          params_.use_residual && is_block_covered(state.item, index, step, running);
+      if (stops(settled, covered, params_.all_agree)) return finish(state, index, running, block);
     }
     state.next_chunk.store(chunk + 1);
     if (chunk + 1 == state.num_chunks) finish(state, index, running, -1);
+  }
+
+  // Whether little enough is left after a step, which has been folded.
+  bool is_block_covered(const Item& item, int64_t index, int32_t step, Accumulator running) const {
+    if (!item.steps.completes_block(step)) return false;
+    const int32_t last = item.steps.positions(step).end - 1;
+    const int64_t entry = space_.kept_entries[index * params_.max_units + last];
+    for (int32_t g = 0; g < params_.group_size; ++g) {
+      const int32_t head = item.kv_head * params_.group_size + g;
+      const float* sink = params_.attn_sinks == nullptr ? nullptr : params_.attn_sinks + head;
+      const int64_t row = (item.batch * int64_t{params_.num_q_heads} + head) * params_.max_units;
+      const float log_rest = params_.log_rest[row + entry];
+      if (!is_covered(running.softmax[g], sink, log_rest, params_.residual_limit)) return false;
+    }
+    return true;
   }
 
   void finish(ItemState& state, int64_t index, Accumulator running, int32_t stop_block) {
@@ -245,8 +265,7 @@ void begin_decode(const DecodeParams& params, const DecodePlan& plan, void* work
     new (space.computed + i) std::atomic<bool>(false);
   }
   for (int64_t index = 0; index < plan.num_items; ++index) {
-    ItemState& state =
-        *new (space.items + index) ItemState(plan_item(params, index, space.kept_units));
+    ItemState& state = *new (space.items + index) ItemState(plan_item(params, index, space));
     state.computed = space.computed + index * plan.max_chunks;
     const int64_t steps = state.item.steps.num_steps;
     // An item without steps still has a chunk: somebody has to write its zeros.

@@ -15,10 +15,13 @@ ART_INLINE int32_t padded_fields(const CodeLayout& layout) {
 }
 
 void order_query(const DecodeParams& params, const CodeLayout& layout, const float* query,
-                 float* ordered) {
+                 float* ordered, float* scaled) {
   const int32_t row = padded(params.head_dim), fields = padded_fields(layout);
   const int32_t heads = round_up(params.group_size, kHeadsPerPass);
   __builtin_memset(ordered, 0, sizeof(float) * heads * kPlaces * fields);
+  // Rows without a head are computed with as well, and what lies there may be denormal: many times
+  // slower.
+  __builtin_memset(scaled, 0, sizeof(float) * heads * kPlaces * fields);
   for (int32_t g = 0; g < params.group_size; ++g) {
     for (int32_t d = 0; d < params.head_dim; ++d) {
       const int32_t position = layout.position(d), line = 4 * layout.steps;
@@ -196,7 +199,7 @@ void score_units(const GuidedParams& guided, const Item& item, GuidedScratch& sc
   const int32_t first_unit = item.walk.first_unit;
   const int32_t stride = round_up(guided.max_units, kTilePadding);
   load_query<T>(params, item, scratch.tile);
-  order_query(params, layout, scratch.tile.query, scratch.code_query);
+  order_query(params, layout, scratch.tile.query, scratch.code_query, scratch.scaled);
   const int32_t* table = code_table_of(guided.codes, item.batch, item.kv_head);
   const GroupRange groups = coded_groups(item.visible);
   for (int32_t group = groups.begin; group < groups.end; ++group) {

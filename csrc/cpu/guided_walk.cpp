@@ -53,6 +53,20 @@ void share_of_units(const DecodeParams& params, const Item& item, const int16_t*
   }
 }
 
+// What is left after each entry of the walk, for one query head.
+void rest_of_walk(const GuidedUnits& units, const int16_t* unit_lse, const int32_t* walk,
+                  int32_t max_units, float* log_rest) {
+  const int32_t num_units = units.num_units();
+  std::fill(log_rest + num_units, log_rest + max_units, -INFINITY);
+  int16_t largest = kLeastSteps;
+  for (int32_t u = 0; u < num_units; ++u) largest = std::max(largest, unit_lse[u]);
+  uint64_t mass = 0;
+  for (int32_t i = num_units - 1; i >= 0; --i) {
+    log_rest[i] = log_of_rest(mass, largest);
+    mass += mass_below(largest - unit_lse[walk[i] - units.begin]);
+  }
+}
+
 // A counting sort: stable, in two passes.
 void order_units(const GuidedUnits& units, const int32_t* scores, int32_t* walk, float* log_mass) {
   const auto put = [&](int32_t position, int32_t unit) {
@@ -103,17 +117,22 @@ void guide_item(const GuidedParams& params, int64_t index, void* memory) {
                 built_in_walk(WalkOrder::kOldestFirst, visible, kUnitTokens, /*num_pinned=*/0));
   int32_t* walk = params.walk + index * params.max_units;
   float* log_mass = params.log_mass + index * params.max_units;
+  Arena arena(memory);
+  GuidedScratch scratch = take_scratch(params, arena);
+  int32_t* scores = arena.take<int32_t>(params.max_units);
+  const int64_t stride = round_up(params.max_units, kTilePadding);
   if (units.num_units() > 0) {
-    Arena arena(memory);
-    GuidedScratch scratch = take_scratch(params, arena);
-    int32_t* scores = arena.take<int32_t>(params.max_units);
     kernels(attention.dtype).score_units(params, item, scratch);
-    share_of_units(attention, item, scratch.unit_lse, round_up(params.max_units, kTilePadding),
-                   scores);
+    share_of_units(attention, item, scratch.unit_lse, stride, scores);
     order_units(units, scores, walk, log_mass);
   }
   std::fill(walk + units.num_units(), walk + params.max_units, -1);
   std::fill(log_mass + units.num_units(), log_mass + params.max_units, -INFINITY);
+  for (int32_t g = 0; params.log_rest != nullptr && g < attention.group_size; ++g) {
+    const int64_t row = (index * attention.group_size + g) * params.max_units;
+    rest_of_walk(units, scratch.unit_lse + g * stride, walk, params.max_units,
+                 params.log_rest + row);
+  }
   params.walk_lens[index] = units.num_units();
   params.num_pinned[index] = units.num_pinned();
 }

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "core/termination.h"
 #include "ops/check.h"
 #include "ops/check_cache.h"
 
@@ -11,6 +12,9 @@ namespace art {
 namespace {
 
 constexpr char kOp[] = "decode_attention";
+
+// Bits of the argument `criterion`.
+constexpr int64_t kStability = 1, kResidualMass = 2, kAllAgree = 8;
 
 void set_values(DecodeParams& params, const DecodeArguments& args) {
   const Tensor &key = args.key_cache, &value = args.value_cache;
@@ -69,21 +73,46 @@ void set_walk(DecodeParams& params, const DecodeArguments& args) {
   params.num_pinned = std::min<int64_t>(args.num_pinned.value_or(pinned_by_default), INT32_MAX);
 }
 
+// After the walk.
+void set_residual(DecodeParams& params, const DecodeArguments& args) {
+  params.use_residual = args.criterion & kResidualMass;
+  ART_CHECK(args.residual_mass >= 0 && args.residual_mass < 1, kOp,
+            ": residual_mass must be at least 0 and less than 1, got ", args.residual_mass);
+  // Whoever estimates the rest wants it used.
+  ART_CHECK(params.use_residual || !args.log_rest, kOp,
+            ": log_rest must not be given without the criterion ResidualMass, got criterion ",
+            args.criterion);
+  if (!params.use_residual) return;
+  ART_CHECK(args.walk && args.log_rest, kOp,
+            ": the criterion ResidualMass needs an explicit walk and its log_rest, got no ",
+            args.walk ? "log_rest" : "walk");
+  params.residual_limit = residual_limit(args.residual_mass);
+  params.log_rest =
+      optional_floats(kOp, "log_rest", args.log_rest, "[batch, num_q_heads, max_units]",
+                      {params.batch, params.num_q_heads, params.max_units}, args.query);
+}
+
 void set_criterion(DecodeParams& params, const DecodeArguments& args) {
-  ART_CHECK(args.criterion == 0 || args.criterion == 1, kOp,
-            ": criterion must be 0 (none) or 1 (Stability), got ", args.criterion);
+  constexpr int64_t kRules = kStability | kResidualMass;
+  const int64_t criterion = args.criterion;
+  ART_CHECK(criterion == (criterion & kRules) || criterion == (kRules | kAllAgree), kOp,
+            ": criterion must be 0 (none), 1 (Stability), 2 (ResidualMass), 3 (either of them) or "
+            "11 (both), got ",
+            criterion);
   ART_CHECK(args.patience >= 1 && args.patience <= INT32_MAX, kOp,
             ": patience must be at least 1, got ", args.patience);
   ART_CHECK(args.d_scale >= 0, kOp, ": d_scale must not be negative or NaN, got ", args.d_scale);
   ART_CHECK(args.d_direction >= 0, kOp, ": d_direction must not be negative or NaN, got ",
             args.d_direction);
-  params.use_stability = args.criterion == 1;
+  params.use_stability = criterion & kStability;
+  params.all_agree = criterion & kAllAgree;
   params.d_scale = args.d_scale;
   params.d_direction = args.d_direction;
   params.patience = args.patience;
   params.batch_invariant = args.batch_invariant;
   params.thresholds = optional_floats(kOp, "thresholds", args.thresholds, "[num_kv_heads, 2]",
                                       {params.num_kv_heads, 2}, args.query);
+  set_residual(params, args);
 }
 
 void check_output(const char* name, const Tensor& tensor, ScalarType dtype, const char* meaning,

@@ -42,6 +42,8 @@ struct DecodeArguments {
   std::optional<Tensor> seq_starts;
   bool batch_invariant;
   std::optional<bool> checked;
+  std::optional<Tensor> log_rest;
+  double residual_mass;
 };
 
 struct DecodeOutputs {
@@ -105,6 +107,7 @@ using Decode =
                     double, double, int64_t, std::optional<Tensor>, std::string,
                     std::optional<Tensor>, std::optional<Tensor>, std::optional<int64_t>,
                     std::optional<Tensor>, int64_t, int64_t, double, std::optional<Tensor>, int64_t,
-                    std::optional<Tensor>, std::optional<Tensor>, bool, std::optional<bool>>;
+                    std::optional<Tensor>, std::optional<Tensor>, bool, std::optional<bool>,
+                    std::optional<Tensor>, double>;
 
 }  // namespace art

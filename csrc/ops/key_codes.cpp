@@ -131,14 +131,17 @@ GuidedOutputs allocate_outputs(const GuidedArguments& args, GuidedParams& params
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return torch::stable::new_empty(args.query, shape, dtype);
   };
-  const GuidedOutputs outputs = {empty({batch, heads, params.max_units}, ScalarType::Int),
-                                 empty({batch, heads}, ScalarType::Int),
-                                 empty({batch, heads}, ScalarType::Int),
-                                 empty({batch, heads, params.max_units}, ScalarType::Float)};
+  const GuidedOutputs outputs = {
+      empty({batch, heads, params.max_units}, ScalarType::Int),
+      empty({batch, heads}, ScalarType::Int), empty({batch, heads}, ScalarType::Int),
+      empty({batch, heads, params.max_units}, ScalarType::Float),
+      empty({batch, params.attention.num_q_heads, args.rest ? params.max_units : 0},
+            ScalarType::Float)};
   params.walk = outputs.walk.mutable_data_ptr<int32_t>();
   params.walk_lens = outputs.walk_lens.mutable_data_ptr<int32_t>();
   params.num_pinned = outputs.num_pinned.mutable_data_ptr<int32_t>();
   params.log_mass = outputs.log_mass.mutable_data_ptr<float>();
+  params.log_rest = args.rest ? outputs.log_rest.mutable_data_ptr<float>() : nullptr;
   return outputs;
 }
 

@@ -37,6 +37,7 @@ struct GuidedArguments {
   std::optional<Tensor> alibi_slopes;
   std::optional<Tensor> seq_starts;
   std::optional<bool> checked;
+  bool rest;
 };
 
 struct GuidedOutputs {
@@ -44,6 +45,7 @@ struct GuidedOutputs {
   Tensor walk_lens;   // [batch, num_kv_heads] int32
   Tensor num_pinned;  // [batch, num_kv_heads] int32
   Tensor log_mass;    // [batch, num_kv_heads, max_units] float32
+  Tensor log_rest;    // [batch, num_q_heads, max_units] float32, or max_units 0 where not asked for
 };
 
 // Check everything that shapes, dtypes and numbers tell.

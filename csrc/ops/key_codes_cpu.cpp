@@ -34,14 +34,14 @@ void encode_keys_cpu(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tens
         [&](int64_t, int64_t item) { cpu::encode_item(params, item); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> guided_walk_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guided_walk_cpu(
     Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor key_codes,
     Tensor code_table, std::optional<double> scale, double softcap,
     std::optional<Tensor> attn_sinks, int64_t sliding_window, std::optional<Tensor> alibi_slopes,
-    std::optional<Tensor> seq_starts, std::optional<bool> checked) {
+    std::optional<Tensor> seq_starts, std::optional<bool> checked, bool rest) {
   const GuidedArguments args = {query,        key_cache,  block_table, seq_lens,   key_codes,
                                 code_table,   scale,      softcap,     attn_sinks, sliding_window,
-                                alibi_slopes, seq_starts, checked};
+                                alibi_slopes, seq_starts, checked,     rest};
   GuidedParams params = check_guided(args);
   check_values(params);
   const GuidedOutputs outputs = allocate_outputs(args, params);
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> guided_walk_cpu(
   share(items, workers, [&](int64_t worker, int64_t item) {
     cpu::guide_item(params, item, memory + worker * bytes);
   });
-  return {outputs.walk, outputs.walk_lens, outputs.num_pinned, outputs.log_mass};
+  return {outputs.walk, outputs.walk_lens, outputs.num_pinned, outputs.log_mass, outputs.log_rest};
 }
 
 }  // namespace

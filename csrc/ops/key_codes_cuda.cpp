@@ -76,14 +76,14 @@ void encode_keys_cuda(Tensor key_cache, Tensor block_table, Tensor seq_lens, Ten
   check_launch("encode_keys", cuda::launch_encode(params, current_stream(key_cache)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> guided_walk_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guided_walk_cuda(
     Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor key_codes,
     Tensor code_table, std::optional<double> scale, double softcap,
     std::optional<Tensor> attn_sinks, int64_t sliding_window, std::optional<Tensor> alibi_slopes,
-    std::optional<Tensor> seq_starts, std::optional<bool> checked) {
+    std::optional<Tensor> seq_starts, std::optional<bool> checked, bool rest) {
   const GuidedArguments args = {query,        key_cache,  block_table, seq_lens,   key_codes,
                                 code_table,   scale,      softcap,     attn_sinks, sliding_window,
-                                alibi_slopes, seq_starts, checked};
+                                alibi_slopes, seq_starts, checked,     rest};
   GuidedParams params = check_guided(args);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   if (is_checked(checked)) check_guided_on_device(args, params);
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> guided_walk_cuda(
       torch::stable::new_empty(query, {bytes}, torch::headeronly::ScalarType::Byte);
   check_launch("guided_walk",
                cuda::launch_guided(params, workspace.mutable_data_ptr(), current_stream(query)));
-  return {outputs.walk, outputs.walk_lens, outputs.num_pinned, outputs.log_mass};
+  return {outputs.walk, outputs.walk_lens, outputs.num_pinned, outputs.log_mass, outputs.log_rest};
 }
 
 }  // namespace

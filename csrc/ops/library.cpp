@@ -8,7 +8,7 @@
   "Tensor? walk_lens=None, int? num_pinned=None, Tensor? num_pinned_per_head=None, "             \
   "int block_size=64, int unit_size=16, float softcap=0, Tensor? attn_sinks=None, "              \
   "int sliding_window=0, Tensor? alibi_slopes=None, Tensor? seq_starts=None, "                   \
-  "bool batch_invariant=False, bool? checked=None"
+  "bool batch_invariant=False, bool? checked=None, Tensor? log_rest=None, float residual_mass=0"
 
 STABLE_TORCH_LIBRARY(art, m) {
   m.def("decode_attention(" ART_DECODE_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
@@ -27,6 +27,6 @@ STABLE_TORCH_LIBRARY(art, m) {
       "guided_walk(Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor key_codes, Tensor code_table, *, float? scale=None, float softcap=0, "
       "Tensor? attn_sinks=None, int sliding_window=0, Tensor? alibi_slopes=None, "
-      "Tensor? seq_starts=None, bool? checked=None) -> "
-      "(Tensor walk, Tensor walk_lens, Tensor num_pinned, Tensor log_mass)");
+      "Tensor? seq_starts=None, bool? checked=None, bool rest=False) -> "
+      "(Tensor walk, Tensor walk_lens, Tensor num_pinned, Tensor log_mass, Tensor log_rest)");
 }

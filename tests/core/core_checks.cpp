@@ -7,6 +7,7 @@
 #include "core/divider.h"
 #include "core/key_codes.h"
 #include "core/schedule.h"
+#include "core/termination.h"
 #include "core/unit_order.h"
 
 namespace {
@@ -152,10 +153,52 @@ void check_masses() {
            art::steps_of_mass(mass));
   }
   expect(art::steps_of_mass(uint64_t{1} << 31) == 0, "one", 0, 0);
+  for (int i = 0; i < 200000; ++i) {  // what is left may weigh less than the largest unit
+    const uint64_t mass = (random() >> (32 + random() % 32)) + 1;
+    const double exact = 64 * std::log2(static_cast<double>(mass) / 2147483648.0);
+    expect(std::abs(art::steps_of_mass(mass) - exact) <= 0.5 + 1e-6, "small", mass,
+           art::steps_of_mass(mass));
+  }
   for (const float odd : {NAN, INFINITY, -INFINITY, -1e9f}) {
     expect(art::quantise_steps(odd) == art::kLeastSteps, "odd", art::quantise_steps(odd), 0);
   }
   expect(art::quantise_steps(1e9f) == 32767 && art::quantise_steps(-2.5f) == -2, "steps", 0, 0);
+}
+
+// Denominators where one part is far above the other, and what is never covered.
+void check_residual_mass() {
+  const float sinks[] = {-1e4f, -100.0f, -1.0f, 0.0f, 3.0f, 100.0f, 1e4f};
+  for (const float max : sinks) {
+    const art::SoftmaxState state = {max, 2.5f};
+    expect(art::log_denominator(state, nullptr) == art::log_sum_exp(state), "no sink", max, 0);
+    for (const float sink : sinks) {
+      const double a = max + std::log(2.5), b = sink, largest = std::fmax(a, b);
+      const double exact = largest + std::log(std::exp(a - largest) + std::exp(b - largest));
+      const double error = art::log_denominator(state, &sink) - exact;
+      expect(std::abs(error) <= 4e-7 * (1 + std::abs(exact)), "denominator", max, sink);
+    }
+  }
+  const float limit = art::residual_limit(0.2), none = art::residual_limit(0.0);
+  expect(std::abs(limit - std::log(0.25)) < 1e-6 && none == -INFINITY, "limit", 0, 0);
+  const art::SoftmaxState one = {2.0f, 1.0f}, nothing, nan = {NAN, NAN}, infinite = {INFINITY, NAN};
+  const float sink = -INFINITY, above = std::nextafter(2.0f + limit, 9.0f);
+  expect(art::is_covered(one, nullptr, 2.0f + limit, limit), "at the limit", 0, 0);
+  expect(!art::is_covered(one, nullptr, above + 1e-6f, limit), "above the limit", 0, 0);
+  expect(art::is_covered(one, &sink, -INFINITY, none), "nothing left", 0, 0);
+  expect(!art::is_covered(one, nullptr, -700.0f, none), "a little left", 0, 0);
+  for (const float rest : {NAN, INFINITY}) {
+    expect(!art::is_covered(one, nullptr, rest, 30.0f), "odd rest", 0, 0);
+  }
+  for (const art::SoftmaxState& state : {nothing, nan, infinite}) {
+    for (const float rest : {-INFINITY, 0.0f, INFINITY}) {
+      expect(!art::is_covered(state, nullptr, rest, 30.0f), "odd state", 0, 0);
+    }
+  }
+  for (int verdicts = 0; verdicts < 4; ++verdicts) {
+    const bool settled = verdicts & 1, covered = verdicts & 2;
+    expect(art::stops(settled, covered, false) == (verdicts != 0), "either", verdicts, 0);
+    expect(art::stops(settled, covered, true) == (verdicts == 3), "both", verdicts, 0);
+  }
 }
 
 }  // namespace
@@ -165,6 +208,7 @@ int main() {
   check_codes();
   check_layout();
   check_masses();
+  check_residual_mass();
   check_divider();
   check_exchange();
   check_cluster_blocks();

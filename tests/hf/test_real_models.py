@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,3 +131,65 @@ def test_calls_agree_with_the_reference(name, tokens, request):
     assert recorder.stopped > 0
     assert recorder.inside <= 0.01 * recorder.compared
     assert handle.stats.read_fraction() < 1.0
+
+
+def question(smol) -> torch.Tensor:
+    """A text of 3,000 tokens that says one thing once, 700 tokens before its end."""
+    turns = [
+        {"role": "user", "content": TEXT.read_text().strip()},
+        {"role": "assistant", "content": "Thank you. What would you like to know about it?"},
+        {
+            "role": "user",
+            "content": "When did the Bergen Linux User's Group demonstrate carrier pigeon IP?",
+        },
+    ]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    return smol.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+
+
+def test_the_guided_walk_finds_a_fact(smol):
+    """By the same rule the default walk stops before it gets there."""
+    ids = question(smol)
+    cache = smol.cache()
+    with art_torch.patch(smol.model, None):
+        smol.model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    rule = art_torch.Stability(0.01, 5e-5, 2)
+    answers, read = {}, {}
+    for walk in ("guided", "sink_recent"):
+        with art_torch.patch(smol.model, rule, walk=walk, measure_mass=True) as handle:
+            own = copy.deepcopy(cache)
+            answer = smol.generate(ids, own, max_new_tokens=22)[0, ids.shape[1] :]
+        answers[walk] = smol.tokenizer.decode(answer)
+        read[walk] = handle.stats.read_fraction()
+        mass = handle.stats.mass_read()
+        print(f"{walk}: {read[walk]:.1%} read, {mass.true.mean():.2%} of the mass: {answers[walk]}")
+        if walk == "guided":
+            assert (mass.estimated - mass.true).abs().mean() < 0.03
+            codes = own.tables[0].codes.groups
+            assert codes.bytes_in_use < 0.04 * own.bytes_in_use  # of float32 keys and values
+    assert "28 April 2001" in answers["guided"]
+    assert "28 April 2001" not in answers["sink_recent"]
+    assert read["guided"] < 0.35
+
+
+def test_guided_without_a_rule(smol):
+    """Padded batch, beams, prompt lookup and a second turn: the tokens are those of sdpa."""
+    ids = torch.cat([smol.text(140), smol.text(120)], dim=1)
+    mask = torch.ones(2, 260, dtype=torch.long)
+    mask[1, :50] = 0
+    batch = torch.cat([ids, ids.roll(50, dims=1)]) * mask
+
+    def run(cache):
+        kept = cache()
+        first = smol.generate(ids, kept, prompt_lookup_num_tokens=5, max_new_tokens=20)
+        more = torch.cat([first, smol.text(20, start=1000)], dim=1)
+        second = smol.generate(more, kept, max_new_tokens=20)
+        third = smol.generate(batch, cache(), attention_mask=mask, max_new_tokens=20)
+        return first, second, third, smol.generate(ids, cache(), num_beams=2, max_new_tokens=20)
+
+    expected = run(DynamicCache)
+    with art_torch.patch(smol.model, None, walk="guided") as handle:
+        got = run(smol.cache)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    assert handle.stats.read_fraction() == 1.0

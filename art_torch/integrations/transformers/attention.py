@@ -18,6 +18,8 @@ from art_torch import ops
 from art_torch.integrations.transformers.exact import causal_mask, exact_attention
 from art_torch.integrations.transformers.layer import ARTLayer, layer_of
 from art_torch.integrations.transformers.masks import MaskInfo, info_of
+from art_torch.integrations.transformers.plan import plan_dense, plan_paged
+from art_torch.mass import mass_read
 
 if TYPE_CHECKING:
     from art_torch.criterion import Stability
@@ -44,6 +46,7 @@ class LayerSettings:
         noted: Reasons of a fall-back to exact attention that were logged already; shared by the
             layers of a model.
         on_call: Called after each call of the operator with (layer, arguments, result).
+        measure_mass: Whether the softmax mass that each call reads is measured.
         single_pages: int32 ``[batch, 1]``, the page table of a dense cache.
     """
 
@@ -54,7 +57,13 @@ class LayerSettings:
     eager_only: bool
     noted: set[str]
     on_call: Callable[[int, dict[str, Any], ops.DecodeResult], None] | None = None
+    measure_mass: bool = False
     single_pages: Tensor | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the layer asks for the guided walk."""
+        return bool(self.options["walk"] == "guided")
 
 
 def settings_of(module: nn.Module) -> LayerSettings | None:
@@ -113,8 +122,11 @@ def art_attention(
             "ARTCache works with a patched model only, and this model is not: use "
             "`with art_torch.patch(model, criterion):` (criterion=None is exact)"
         )
+    if settings.guided and not layer.is_sliding and layer.table.codes is None:
+        _check_codes_can_start(layer)
+        layer.use_codes()
     if torch.compiler.is_compiling():
-        _check_compilable(layer, reason, attention_mask)
+        _check_compilable(settings, layer, reason, attention_mask)
     elif reason is None and attention_mask is not None:
         reason = _why_not_this_mask(info_of(attention_mask), layer)
     if reason is not None:
@@ -165,7 +177,19 @@ def _note(settings: LayerSettings | None, reason: str | None) -> None:
         logger.warning("decode steps run with exact attention: %s", reason)
 
 
-def _check_compilable(layer: ARTLayer, reason: str | None, mask: Tensor | None) -> None:
+def _check_codes_can_start(layer: ARTLayer) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            'a compiled step with walk="guided" needs the codes of the prompt: make the cache with '
+            "ARTCache(model.config, key_codes=True), or run the prompt through the patched model"
+        )
+
+
+def _check_compilable(
+    settings: LayerSettings, layer: ARTLayer, reason: str | None, mask: Tensor | None
+) -> None:
+    if settings.measure_mass:
+        raise RuntimeError("measure_mass=True cannot be compiled: it is for analysis")
     if not layer.table.static_len:
         raise RuntimeError(
             "to compile a decode step, call cache.preallocate(max_length) after the prompt has run"
@@ -202,6 +226,7 @@ def _decode_paged(
     result = _call(
         settings,
         logits,
+        plan_paged(settings, layer),
         query=query[:, :, 0],
         key_cache=storage.key_cache,
         value_cache=storage.value_cache,
@@ -248,6 +273,7 @@ def _decode_dense(
     result = _call(
         settings,
         logits,
+        plan_dense(settings),
         query=query[:, :, 0],
         key_cache=key.transpose(1, 2),
         value_cache=value.transpose(1, 2),
@@ -260,13 +286,17 @@ def _decode_dense(
     return result.out.unsqueeze(1), None
 
 
-def _call(settings: LayerSettings, logits: dict[str, Any], **arguments: Any) -> ops.DecodeResult:
+def _call(
+    settings: LayerSettings, logits: dict[str, Any], plan: dict[str, Any], **arguments: Any
+) -> ops.DecodeResult:
     if logits["softcap"]:
         arguments["softcap"] = logits["softcap"]
     if logits["s_aux"] is not None:
         arguments["attn_sinks"] = logits["s_aux"]
-    arguments.update(settings.options, criterion=settings.criterion, scale=logits["scaling"])
+    arguments.update(plan, scale=logits["scaling"])
     result = ops.decode_attention(**arguments)
+    if settings.measure_mass:
+        settings.stats.add_mass(settings.layer, *mass_read(arguments, result))
     if settings.on_call is not None:
         settings.on_call(settings.layer, arguments, result)
     return result

@@ -32,12 +32,17 @@ class ARTCache(Cache):
     Args:
         config: The model's config (``model.config``).
         page_size: Tokens a page, a multiple of 16. Default 64.
-        max_bytes: Memory limit for keys and values. Default: half of the device's memory.
+        max_bytes: Memory limit for keys, values and key codes. Default: half of the device's
+            memory.
+        key_codes: Keep two-bit codes of the keys of full-attention layers, about 8 % of 16-bit keys
+            and values, for ``patch(model, criterion, walk="guided")``. A model patched so switches
+            them on by itself. Codes follow everything the cache does. After keys were written to by
+            others, through PyTorch, they are made anew.
 
     Raises:
         TypeError: ``config`` is not a model config.
-        ValueError: The page size does not fit, or the model has layers that are neither full nor
-            sliding-window attention.
+        ValueError: The page size does not fit, the model has layers that are neither full nor
+            sliding-window attention, or ``key_codes`` is asked for and no layer is full attention.
     """
 
     layers: list[Any]
@@ -47,6 +52,7 @@ class ARTCache(Cache):
         config: PreTrainedConfig,
         page_size: int | None = None,
         max_bytes: int | None = None,
+        key_codes: bool = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be model.config, got {type(config).__name__}")
@@ -63,6 +69,12 @@ class ARTCache(Cache):
             window: PageTable(page_size, window or None, self.budget, kinds.count(window))
             for window in dict.fromkeys(kinds)
         }
+        if key_codes and 0 not in self.tables:
+            raise ValueError(
+                f"{config.model_type}: key_codes are for full-attention layers, and it has none"
+            )
+        if key_codes:
+            self.tables[0].switch_on_codes()
         self.page_size = page_size
         self._unused: ARTLayer | None = None
         layers: list[Any] = []
@@ -102,11 +114,8 @@ class ARTCache(Cache):
 
     @property
     def bytes_in_use(self) -> int:
-        """Bytes of the pages that hold tokens."""
-        return sum(
-            table.pages.pages_in_use * sum(each.page_bytes for each in table.pages.storages)
-            for table in self.tables.values()
-        )
+        """Bytes of the pages that hold tokens, and of their key codes."""
+        return sum(table.bytes_in_use for table in self.tables.values())
 
     def preallocate(self, max_length: int) -> None:
         """Allocates pages ahead, so that a decode step needs no bookkeeping on the host.

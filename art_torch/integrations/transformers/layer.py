@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from art_torch.cache import BoolArray, PageTable, Step
+from art_torch.cache import BoolArray, CacheMemoryError, PageTable, Step
+from art_torch.code_table import CodeStorage
+from art_torch.guided import encode_keys, key_code_bytes
 from art_torch.ops import append_kv
 from art_torch.page_storage import PageStorage
 
@@ -76,6 +78,8 @@ class ARTLayer(CacheLayerMixin):
         self.table, self.leads, self.lends = table, leads, lends
         self.lent: tuple[Tensor, Tensor] | None = None  # dense keys and values of the last pass
         self.storage: PageStorage | None = None
+        self.codes: CodeStorage | None = None  # from the first pass on with codes in the table
+        self.coded_generation: int | None = None  # of the codes that are written, None for none
         self.pending: tuple[Tensor, Tensor] | None = None
         self.padded_len = 0  # tokens this layer has seen; equals the table's between passes
 
@@ -103,6 +107,8 @@ class ARTLayer(CacheLayerMixin):
         dims = key_states.shape[-1], value_states.shape[-1]
         dtype, device = key_states.dtype, key_states.device
         table.pages.device = device
+        if table.codes is not None:
+            table.codes.groups.device = device
 
         def make(max_pages: int) -> PageStorage:
             return PageStorage(heads, *dims, table.page_size, dtype, device, max_pages)
@@ -161,10 +167,12 @@ class ARTLayer(CacheLayerMixin):
         if not key.dtype == value.dtype == storage.dtype:  # autocast
             key, value = key.to(storage.dtype), value.to(storage.dtype)
         append_kv(key, value, storage.key_cache, storage.value_cache, slots)
+        self._encode()
 
     def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
         if not self.is_initialized:
             self.lazy_initialization(key, value)
+        self._join_codes()
         table, tokens = self.table, key.shape[2]
         step = table.step
         if self.padded_len == table.padded_len:
@@ -177,6 +185,80 @@ class ARTLayer(CacheLayerMixin):
             )
         self.padded_len += tokens
         return step
+
+    # ---------------------------------------------------------------- key codes
+
+    def use_codes(self) -> None:
+        """Switches key codes on, for tokens that are there as well.
+
+        Raises:
+            CacheMemoryError: The memory limit does not allow it. They stay off then.
+            NotImplementedError: There are no kernels for the device.
+        """
+        table = self.table
+        if table.codes is not None:
+            return
+        table.switch_on_codes()
+        try:
+            self._join_codes()
+        except CacheMemoryError:
+            table.codes = self.codes = None
+            raise
+
+    def guided_arguments(self) -> dict[str, Tensor]:
+        """Codes of all complete groups, as arguments of :func:`art_torch.decode_attention`.
+
+        Raises:
+            CacheMemoryError: Keys were changed by others, rows shared code pages, and the memory
+                limit does not allow one for each.
+        """
+        self._join_codes()
+        codes = self.table.codes
+        assert codes is not None
+        assert self.codes is not None
+        assert self.storage is not None
+        # Compiled steps may copy what append_kv was to write: PyTorch then sees our own writes.
+        if not self.table.static_len and self.storage.foreign_writes:
+            self.table.renew_codes()
+            self.storage.foreign_writes = 0
+        if self.coded_generation != codes.generation:
+            self._encode()
+        return {"key_codes": self.codes.key_codes, "code_table": codes.code_table}
+
+    def _join_codes(self) -> None:
+        """Makes room for codes, if the table has them and the layer has keys."""
+        table, storage = self.table, self.storage
+        if table.codes is None or self.codes is not None or storage is None:
+            return
+        heads, dim, device = storage.num_kv_heads, storage.head_dim, storage.device
+        self.codes = table.codes.groups.add_storage(
+            lambda max_pages: CodeStorage(heads, dim, device, max_pages),
+            heads * key_code_bytes(dim),
+        )
+        table.cover_codes()
+
+    def _encode(self) -> None:
+        """Writes the codes of groups that the last pass completed, or of all if there are none."""
+        codes = self.table.codes
+        if codes is None:
+            return
+        coded_lens, generation = codes.coded_lens, codes.generation
+        if self.coded_generation == generation and coded_lens is None:
+            return
+        storage = self.storage
+        assert storage is not None
+        assert self.codes is not None
+        encode_keys(
+            storage.key_cache,
+            self.table.block_table,
+            self.table.seq_lens,
+            self.codes.key_codes,
+            codes.code_table,
+            coded_lens=coded_lens if self.coded_generation == generation else None,
+        )
+        self.coded_generation = generation
+
+    # ---------------------------------------------------------------- what transformers asks
 
     def history(self) -> tuple[Tensor, Tensor] | None:
         """What the next pass may see of earlier tokens, dense, pads as zeros.

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from art_torch.criterion import Stability
+from art_torch.guided import require_guided_device
 from art_torch.integrations.transformers.attention import (
     LayerSettings,
     art_attention,
@@ -121,12 +122,16 @@ def patch_model(
     skip_layers: Iterable[int],
     per_layer: Mapping[int, Stability | None],
     on_call: OnCall | None,
+    measure_mass: bool = False,
 ) -> PatchHandle:
     """Patches a model; :func:`art_torch.patch` documents the arguments."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     modules = _attention_modules(model)
     _check_patchable(model, modules)
+    if options["walk"] == "guided":
+        for device in {parameter.device for parameter in model.parameters()}:
+            require_guided_device(device)
     layers = sorted({_layer_index(module) for module in modules})
     skipped, overrides = set(skip_layers), dict(per_layer)
     for name, given in (("skip_layers", skipped), ("per_layer", set(overrides))):
@@ -137,6 +142,9 @@ def patch_model(
             )
     if both := sorted(skipped & set(overrides)):
         raise ValueError(f"layers {both} are in skip_layers and in per_layer")
+    # A layer that was named to be exact needs no codes: it reads everything in any order.
+    unguided = dict(options, walk="sink_recent") if options["walk"] == "guided" else options
+    exact = skipped | {layer for layer, other in overrides.items() if other is None}
     stats, noted = ReadStats(), set[str]()
     settings = {}
     for module in modules:
@@ -144,11 +152,12 @@ def patch_model(
         settings[module] = LayerSettings(
             layer=layer,
             criterion=None if layer in skipped else overrides.get(layer, criterion),
-            options=options,
+            options=unguided if layer in exact else options,
             stats=stats,
             eager_only=_uses_eager(model, module),
             noted=noted,
             on_call=on_call,
+            measure_mass=measure_mass,
         )
     AttentionInterface.register("art", art_attention)
     AttentionMaskInterface.register("art", art_mask)

@@ -54,7 +54,7 @@ __device__ inline bool is_visible(const GuidedUnits& units, int32_t unit) {
   return unit >= units.begin && unit < units.end;
 }
 
-// The largest unit of each head.
+// The largest unit of each head, if it is larger than what shared.largest has.
 __device__ void find_largest(const GuidedUnits& units, const int16_t* lse, int32_t stride,
                              int32_t heads, Shared& shared) {
   for_each_vector(units, heads, [&](int32_t head, int32_t first, int32_t end, int32_t step) {
@@ -266,6 +266,65 @@ __device__ void write_walk(const GuidedParams& guided, const Target& target,
   }
 }
 
+// What one query head has left after each entry of the walk, by one warp: from the last entry to the
+// first, kEach neighbours a lane at a time.
+__device__ void write_rest_of_head(const GuidedUnits& units, const int16_t* lse, int32_t largest,
+                                   const int32_t* order, const uint32_t* powers, int32_t max_units,
+                                   float* log_rest) {
+  constexpr int kEach = 8;
+  const int lane = threadIdx.x % 32;
+  const int32_t num_units = units.num_units();
+  uint64_t after = 0;  // the mass of all that this pass has behind it
+  for (int32_t first = max_units / (32 * kEach) * (32 * kEach); first >= 0; first -= 32 * kEach) {
+    const int32_t begin = first + lane * kEach;
+    uint64_t from[kEach];  // the mass of this entry and of the lane's after it
+    uint64_t sum = 0;
+#pragma unroll
+    for (int i = kEach - 1; i >= 0; --i) {
+      if (begin + i < num_units) {
+        const uint32_t below = largest - lse[order[begin + i]];
+        if (below < 32 * 64) sum += powers[below % 64] >> below / 64;
+      }
+      from[i] = sum;
+    }
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const uint64_t more = __shfl_down_sync(~0u, sum, distance);
+      if (lane + distance < 32) sum += more;
+    }
+    const uint64_t next_lanes = __shfl_down_sync(~0u, sum, 1);
+    const uint64_t behind = after + (lane == 31 ? 0 : next_lanes);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (begin + i >= max_units) break;
+      const uint64_t left = behind + (i + 1 < kEach ? from[i + 1] : 0);
+      log_rest[begin + i] = begin + i < num_units ? log_of_rest(left, largest) : -INFINITY;
+    }
+    after += __shfl_sync(~0u, sum, 0);
+  }
+}
+
+__device__ void write_rest(const GuidedParams& guided, const Target& target,
+                           const GuidedUnits& units, const Workspace& space, const int32_t* order,
+                           Shared& shared) {
+  const int32_t group_size = guided.attention.group_size;
+  for (int32_t first = 0; first < group_size; first += kMostHeads) {
+    const int32_t left = group_size - first, heads = left < kMostHeads ? left : kMostHeads;
+    const int64_t row = int64_t{target.index} * group_size + first;
+    const int16_t* lse = space.unit_lse + row * space.unit_stride;
+    __syncthreads();
+    if (static_cast<int32_t>(threadIdx.x) < heads) shared.largest[threadIdx.x] = kLeastSteps;
+    __syncthreads();
+    find_largest(units, lse, space.unit_stride, heads, shared);
+    __syncthreads();
+    for (int32_t head = static_cast<int32_t>(threadIdx.x) / 32; head < heads; head += kWarps) {
+      write_rest_of_head(units, lse + int64_t{head} * space.unit_stride, shared.largest[head],
+                         order, shared.powers, guided.max_units,
+                         guided.log_rest + (row + head) * guided.max_units);
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     order_kernel(const __grid_constant__ GuidedParams guided, const Workspace space) {
   __shared__ Shared shared;
@@ -294,6 +353,7 @@ __global__ void __launch_bounds__(kThreads)
     order_units(units, scores, order, shared);
   }
   write_walk(guided, target, units, scores, order);
+  if (guided.log_rest != nullptr) write_rest(guided, target, units, space, order, shared);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "cuda/sm90/exchange.cuh"
 #include "cuda/sm90/output.cuh"
+#include "cuda/sm90/step_view.cuh"
 
 namespace art::cuda::sm90 {
 
@@ -193,37 +194,26 @@ class Folder {
     }
   }
 
-  // What a lane looks at when moments are formed: step lane / 4, and one pair of heads. Of two
-  // pairs at most there are two lanes for each, and each takes half of the channels.
-  struct View {
-    bool is_halved;
-    int column;  // of the tables: the pair within its head tile
-    int num_rows;
-    const float4* before;  // [row][kLanePairs]
-    const float4* values;  // [row][pairs]
-    float4 weights;        // {change, share} of both heads
-  };
-
   __device__ void send_moments(int ht, int32_t slice, int32_t count) const {
     const int32_t pairs = plan_.layout.pairs;
-    View view;
+    StepView view;
+    view.pairs = pairs;
     view.is_halved = 2 * pairs <= kLanePairs;
-    view.column = view.is_halved ? lane_ % 2 : lane_ % 4;
-    view.num_rows = view.is_halved ? 4 : 8;
-    const int own = kLanePairs * ht + view.column;
+    const int column = view.is_halved ? lane_ % 2 : lane_ % 4;
+    const int own = kLanePairs * ht + column;
     const int first = view.is_halved && lane_ & 2 ? 4 : 0;
-    view.before = shared_.before[number_ % kFolders][row_] + kLanePairs * first + view.column;
+    view.before = shared_.before[number_ % kFolders][row_] + kLanePairs * first + column;
     view.values = exchange_.values((batch_ << sizes_.batch_log2) + row_, slice >> plan_.blocks_log2,
                                    first, own < pairs ? own : 0);
-    view.weights = weigh(ht, view.column);
+    view.weights = weigh(ht, column);
 
     const bool sends = row_ < count && own < pairs;
     float sums[6], scales[2] = {1.0f, 1.0f};
-    sum_rows(view, scales, sums);
+    view.sum(scales, sums);
     const bool has_second = 2 * own + 1 < params_.group_size;
-    const bool doubtful = !inside(sums) || (has_second && !inside(sums + 3));
+    const bool doubtful = !is_inside(sums) || (has_second && !is_inside(sums + 3));
     if (__any_sync(~0u, sends && row_ >= first_compared_row() && doubtful)) {
-      sum_scaled(view, scales, sums);
+      view.sum_scaled(scales, sums);
     }
     if (!sends) return;
     const int32_t judge = exchange_.judge_of(batch_);
@@ -251,65 +241,6 @@ class Folder {
     return make_float4(f.y * low.keep, low.share, f.w * high.keep, high.share);
   }
 
-  // Visits the lane's rows: the output before the step and its change, of {head, head + 1} in one
-  // channel and in another.
-  template <class Visit>
-  __device__ static void for_each_row(const View& view, int32_t pairs, const Visit& visit) {
-    const float4& w = view.weights;
-    for (int first = 0; first < view.num_rows; first += 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float4 a = view.before[kLanePairs * (first + i)];
-        const float4 p = view.values[pairs * (first + i)];
-        const float4 d = make_float4(p.x * w.x - a.x * w.y, p.y * w.z - a.y * w.w,
-                                     p.z * w.x - a.z * w.y, p.w * w.z - a.w * w.w);
-        visit(a, d);
-      }
-    }
-  }
-
-  // {aa, ad, dd} of both heads.
-  __device__ void sum_rows(const View& view, const float (&scales)[2], float (&sums)[6]) const {
-#pragma unroll
-    for (float& sum : sums) sum = 0.0f;
-    const float s = scales[0], t = scales[1];
-    for_each_row(view, plan_.layout.pairs, [&](const float4& a, const float4& d) {
-      add_moments(a.x * s, a.z * s, d.x * s, d.z * s, sums);
-      add_moments(a.y * t, a.w * t, d.y * t, d.w * t, sums + 3);
-    });
-    if (!view.is_halved) return;
-#pragma unroll
-    for (float& sum : sums) sum += __shfl_xor_sync(~0u, sum, 2);
-  }
-
-  __device__ static void add_moments(float a, float a_next, float d, float d_next, float* sums) {
-    sums[0] = fmaf(a_next, a_next, fmaf(a, a, sums[0]));
-    sums[1] = fmaf(a_next, d_next, fmaf(a, d, sums[1]));
-    sums[2] = fmaf(d_next, d_next, fmaf(d, d, sums[2]));
-  }
-
-  // Where squares leave the range of float32: from vectors that are scaled step by step.
-  __device__ void sum_scaled(const View& view, float (&scales)[2], float (&sums)[6]) const {
-    float largest[2] = {};
-    for_each_row(view, plan_.layout.pairs, [&](const float4& a, const float4& d) {
-      largest[0] =
-          fmaxf(largest[0], fmaxf(fmaxf(fabsf(a.x), fabsf(a.z)), fmaxf(fabsf(d.x), fabsf(d.z))));
-      largest[1] =
-          fmaxf(largest[1], fmaxf(fmaxf(fabsf(a.y), fabsf(a.w)), fmaxf(fabsf(d.y), fabsf(d.w))));
-    });
-#pragma unroll
-    for (int head = 0; head < 2; ++head) {
-      float most = largest[head];
-      if (view.is_halved) most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      // What a step gives must not depend on those it shares a batch with.
-      if (!inside(sums + 3 * head)) scales[head] = moment_scale(most);
-    }
-    sum_rows(view, scales, sums);
-  }
-
-  __device__ static bool inside(const float* moments) {
-    return in_range({moments[0], moments[1], moments[2]});
-  }
   // The first step of the batch at hand that is compared with the one before it.
   __device__ int32_t first_compared_row() const {
     return first_compared_ - (batch_ << sizes_.batch_log2);
