@@ -59,11 +59,11 @@ def require_guided_device(device: torch.device) -> None:
     """Refuses devices that have no kernels for key codes.
 
     Raises:
-        NotImplementedError: It is not the CPU.
+        NotImplementedError: It is neither the CPU nor an NVIDIA GPU.
     """
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
-            f"the guided walk runs on the CPU so far, got {device}: use another walk there"
+            f"the guided walk runs on CPUs and NVIDIA GPUs, got {device}: use another walk there"
         )
 
 

@@ -330,7 +330,7 @@ def test_other_caches_are_refused(tiny):
 
 def test_a_model_that_is_not_on_the_cpu():
     model = build("llama").to("meta")
-    with pytest.raises(NotImplementedError, match="runs on the CPU so far, got meta"):
+    with pytest.raises(NotImplementedError, match="runs on CPUs and NVIDIA GPUs, got meta"):
         guided(model, RULE)
     assert model.config._attn_implementation == "eager"
 

@@ -325,7 +325,7 @@ def test_windows_have_no_codes():
 def test_only_on_the_cpu():
     cache = art_torch.ARTCache(config(), key_codes=True)
     meta = torch.empty(2, 1, HEADS, 70, DIM, device="meta")
-    with pytest.raises(NotImplementedError, match="runs on the CPU so far, got meta"):
+    with pytest.raises(NotImplementedError, match="runs on CPUs and NVIDIA GPUs, got meta"):
         cache.layers[0].append(*meta, None)
 
 
