@@ -7,7 +7,8 @@ import torch
 from cases import Inputs
 
 from art_torch import Stability, reference
-from art_torch.ops import DecodeResult, _criterion_arguments, _walk_arguments
+from art_torch._decode_arguments import checked_rules, criterion_arguments, walk_arguments
+from art_torch.ops import DecodeResult
 
 # Thread blocks per (sequence, KV head); 0 leaves it to the schedule, 1 is one for each.
 SPLITS = (0, 1, 2, 3, 4, 8, 16, 33)
@@ -18,8 +19,8 @@ by_dtype = {"ids": lambda value: str(value).removeprefix("torch.")}
 def call_split(inputs, criterion, num_splits, **changes):
     """Call the operator with a forced number of thread blocks per item."""
     options = {**inputs.options, **changes}
-    arguments = _walk_arguments(options.pop("walk"), options.pop("num_pinned", None))
-    arguments |= _criterion_arguments(criterion, inputs.tensors[1])
+    arguments = walk_arguments(options.pop("walk"), options.pop("num_pinned", None))
+    arguments |= criterion_arguments(checked_rules(criterion), inputs.tensors[1])
     operator = torch.ops.art._decode_attention_split
     return DecodeResult(*operator(*inputs.tensors, **options, **arguments, num_splits=num_splits))
 
