@@ -59,8 +59,7 @@ def patch(
         criterion: When to stop; None for exact attention by the same operator.
         walk: Order of reading: ``"sink_recent"``, ``"recent_first"``, ``"oldest_first"``, or
             ``"guided"``: from the heaviest units down, by the key codes of an ``ARTCache``, which
-            it switches on. The guided walk runs on the CPU so far, with full attention; layers with
-            a sliding window then read all of their window.
+            it switches on. Layers with a sliding window then read all of their window.
         skip_layers: Layers that stay exact.
         per_layer: Other criteria for some layers (None is exact).
         num_pinned: Units read before anything is decided; see :func:`art_torch.decode_attention`.
@@ -80,7 +79,8 @@ def patch(
             not fit.
         RuntimeError: The model is patched already.
         ModuleNotFoundError: transformers is not installed.
-        NotImplementedError: ``walk="guided"`` for a model that is not on the CPU.
+        NotImplementedError: ``walk="guided"`` for a model that is neither on the CPU nor on an
+            NVIDIA GPU.
     """
     others = dict(per_layer or {})
     given = {"criterion": criterion, **{f"per_layer[{i}]": other for i, other in others.items()}}

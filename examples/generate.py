@@ -73,8 +73,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.max_new_tokens < 2:
         parser.error(f"--max-new-tokens must be at least 2, got {arguments.max_new_tokens}")
-    if arguments.walk == "guided" and arguments.device.type != "cpu":
-        parser.error("--walk guided runs on the CPU so far: add --device cpu")
     if not arguments.document.is_file():
         parser.error(f"--document: there is no file {arguments.document}")
     return arguments

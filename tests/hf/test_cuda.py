@@ -14,6 +14,7 @@ import pytest
 import test_art_cache
 import test_art_on
 import test_exact
+import test_guided
 import torch
 from cases import Inputs
 from contract import Tally, check
@@ -145,6 +146,11 @@ AGAIN = [
     (test_art_cache.test_reset_and_reuse, {}),
     (test_art_cache.test_a_copied_prefix, {}),
     (test_art_cache.test_chunked_prefill, {}),
+    (test_guided.test_greedy, {"tokens": 330, "key_codes": False}),
+    (test_guided.test_batch_of_different_lengths, {}),
+    (test_guided.test_beam_search, {}),
+    (test_guided.test_prompt_lookup, {}),
+    (test_guided.test_two_turns_and_reset, {}),
 ]
 OF_ONE_MODEL = [
     (test_art_cache.test_lengths_and_masks, {}),
@@ -153,6 +159,10 @@ OF_ONE_MODEL = [
     (test_art_cache.test_another_batch_needs_a_reset, {}),
     (test_art_on.test_skip_layers_and_per_layer, {}),
     (test_art_on.test_two_models_with_different_settings, {}),
+    (test_guided.test_a_cache_that_is_there_already, {}),
+    (test_guided.test_keys_written_by_others, {}),
+    (test_guided.test_exact_layers_take_no_codes, {}),
+    (test_guided.test_measured_mass, {}),
     *((test_exact.test_layers_that_share_keys, {"name": name, "kind": kind})
       for name in sorted(SHARING) for kind in ("art", "dynamic")),
 ]  # fmt: skip
@@ -165,7 +175,7 @@ def case_id(case):
 @pytest.fixture
 def on_the_gpu(monkeypatch):
     """Tests of other files work with tensors on the GPU."""
-    for module in (test_exact, test_art_cache, test_art_on):
+    for module in (test_exact, test_art_cache, test_art_on, test_guided):
         monkeypatch.setattr(module, "prompt", prompt)
 
 
@@ -225,6 +235,39 @@ def test_calls_agree_with_the_reference(name, kind, walk, tiny_on_gpu):
     assert handle.stats.read_fraction() < 1.0
     read = [sum(t.sum(0) for i, t in recorder.calls if i == layer) for layer in range(LAYERS)]
     assert torch.equal(handle.stats.tokens_read(), torch.stack(read))
+
+
+class GuidedRecorder(Recorder):
+    """Checks every call with the walk that the codes give at that time."""
+
+    def __call__(self, layer, arguments, result):
+        named = dict(arguments)
+        if named["walk"] == "guided":
+            codes = named.pop("key_codes"), named.pop("code_table")
+            tensors = (named[name] for name in ("query", "key_cache", "block_table", "seq_lens"))
+            names = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts")
+            logits = {name: named[name] for name in names if name in named}
+            walk = art_torch.guided_walk(*tensors, *codes, **logits)
+            named |= dict(zip(("walk", "walk_lens", "num_pinned"), walk[:3], strict=True))
+        super().__call__(layer, named, result)
+
+
+@pytest.mark.parametrize("page_size", [16, 256])
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_guided_calls_agree_with_the_reference(name, page_size, tiny_on_gpu):
+    model, recorder = tiny_on_gpu(name), GuidedRecorder()
+    ids, mask = left_padded(2, 500)
+    cache = art_torch.ARTCache(model.config, page_size)
+    rule = test_guided.RULE
+    with art_torch.patch(model, rule, walk="guided", on_call=recorder, block_size=16) as handle:
+        generate(model, ids, cache, attention_mask=mask, max_new_tokens=6)
+    assert len(recorder.calls) == 5 * LAYERS
+    assert handle.stats.exact_fallbacks == 0
+    full = test_guided.full_layers(model)
+    assert (recorder.stopped > 0) == bool(full)
+    fractions = handle.stats.fractions()
+    for layer in range(LAYERS):  # windows are read in full
+        assert (fractions[layer] < 1.0).all() == (layer in full)
 
 
 @pytest.mark.parametrize("kind", ["art", "dynamic"])
@@ -299,11 +342,13 @@ def test_stats_can_be_shown(tiny_on_gpu, tmp_path, capsys):
     assert present.tolist() == [2 * n for n in (301, 302, 303)]
 
 
+@pytest.mark.parametrize("walk", ["sink_recent", "guided"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_a_decode_step_in_a_cuda_graph(name, tiny_on_gpu):
+def test_a_decode_step_in_a_cuda_graph(name, walk, tiny_on_gpu):
     """On a preallocated cache a step waits for nothing, so it can be recorded and replayed."""
     model, tokens = tiny_on_gpu(name), prompt(2, 12, seed=3)
-    with art_torch.patch(model, CRITERION, **SIZES) as handle:
+    sizes = {"block_size": 16} if walk == "guided" else SIZES
+    with art_torch.patch(model, CRITERION, walk=walk, **sizes) as handle:
 
         def filled():
             cache = art_torch.ARTCache(model.config)
