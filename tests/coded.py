@@ -126,6 +126,7 @@ def check_rest(inputs, codes, result):
 
     Returns how many numbers there are, and how many were rounded to another step.
     """
+    result = type(result)(*(t.cpu() for t in result))
     group = result.log_rest.shape[1] // result.walk.shape[1]
     total, different = 0, 0
     for b, h in [(b, h) for b in range(len(result.walk)) for h in range(result.walk.shape[1])]:

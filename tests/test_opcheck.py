@@ -109,6 +109,8 @@ def test_opcheck_encode_keys(device):
 @pytest.mark.parametrize("criterion", [LOOSE, LOOSE | ResidualMass(0.2)], ids=["art", "either"])
 def test_compile_a_guided_step(criterion, device):
     """Encoding, ordering and attention in one graph; the codes are written."""
+    if device.type == "cuda" and criterion is not LOOSE:
+        pytest.skip("ResidualMass runs on the CPU so far")
     args, _ = guided_arguments(BIG, torch.float32, device)
     query, keys, table, lens, pool, codes = args
 

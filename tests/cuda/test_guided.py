@@ -61,6 +61,7 @@ def assert_like_the_cpu(inputs, codes, result):
     expected = walk_of(on_cpu(inputs), [t.cpu() for t in codes])
     assert torch.equal(result.walk_lens.cpu(), expected.walk_lens)
     assert torch.equal(result.num_pinned.cpu(), expected.num_pinned)
+    total = different = 0
     for b, h in [(b, h) for b in range(len(result.walk)) for h in range(result.walk.shape[1])]:
         n = int(result.walk_lens[b, h])
         assert (result.walk[b, h, n:] == -1).all()
@@ -70,10 +71,10 @@ def assert_like_the_cpu(inputs, codes, result):
         away = steps - wanted
         assert away.abs().max() <= 2
         # Where the total of a query head is rounded the other way, so are all shares it decides.
-        one_way = bool((away >= 0).all()) or bool((away <= 0).all())
-        assert one_way or (away != 0).sum() <= 5 + 0.02 * n
+        total, different = total + n, different + min((away > 0).sum(), (away < 0).sum())
         order, _ = order_units(steps, visible_of(inputs, b, h))
         assert result.walk[b, h, :n].tolist() == order
+    assert different <= 5 + 0.02 * total
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], **by_dtype)

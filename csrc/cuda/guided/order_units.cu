@@ -266,8 +266,8 @@ __device__ void write_walk(const GuidedParams& guided, const Target& target,
   }
 }
 
-// What one query head has left after each entry of the walk, by one warp: from the last entry to the
-// first, kEach neighbours a lane at a time.
+// What one query head has left after each entry of the walk, by one warp: from the last entry to
+// the first, kEach neighbours a lane at a time.
 __device__ void write_rest_of_head(const GuidedUnits& units, const int16_t* lse, int32_t largest,
                                    const int32_t* order, const uint32_t* powers, int32_t max_units,
                                    float* log_rest) {
