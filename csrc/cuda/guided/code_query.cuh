@@ -27,17 +27,20 @@
 namespace art::cuda::guided {
 
 constexpr int kTileHeads = 8;  // columns of an instruction
+constexpr int kPackedHeads = kTileHeads / 2;
 constexpr int kMaxTiles = 2;
 constexpr int32_t kQueryExponent = 4;
 constexpr int32_t kScaleExponent = 9;
 
-// Elements of one lane for a pair of steps: head lane / 4, channels of lane % 4. Each word is a
+// Elements of one lane for a pair of steps: column lane / 4, channels of lane % 4. Each word is a
 // place: its channel in the first step, and in the second.
 struct alignas(16) PlaceWords {
   uint32_t at[kPlaces];
 };
 
-// The two parts of one pair of steps.
+// The two parts of one pair of steps. Up to kPackedHeads heads share one instruction: their first
+// parts are columns 0 to 3 and their second parts columns 4 to 7, where `high` is 0 and all that
+// columns 0 to 3 have is in `low`. So the same instructions scale either.
 struct QueryPair {
   PlaceWords high[32];
   PlaceWords low[32];
@@ -80,11 +83,12 @@ __device__ inline float power_of_two(int32_t exponent) {
 
 // Fills `query` [tiles][kPairs], and the factors [tiles * kTileHeads] that the scores
 // have to be multiplied by. For the whole thread block; ends with all threads together.
-template <int kPairs>
+template <int kPairs, bool kPacked>
 __device__ void split_queries(const DecodeParams& params, const Target& target, int32_t tiles,
                               float* factors, QueryPair* query) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  for (int32_t g = warp; g < tiles * kTileHeads; g += warps) {
+  const int32_t heads = kPacked ? kPackedHeads : tiles * kTileHeads;
+  for (int32_t g = warp; g < heads; g += warps) {
     float largest = 0.0f;
     for (int32_t d = lane; d < params.head_dim; d += 32) {
       largest = fmaxf(largest, fabsf(query_element(params, target, g, d)));
@@ -96,17 +100,21 @@ __device__ void split_queries(const DecodeParams& params, const Target& target, 
   for (int32_t i = threadIdx.x; i < tiles * kPairs * 32 * kPlaces; i += blockDim.x) {
     const int32_t place = i % kPlaces, of_lane = i / kPlaces % 32;
     const int32_t pair = i / kPlaces / 32 % kPairs, tile = i / kPlaces / 32 / kPairs;
-    const int32_t g = tile * kTileHeads + of_lane / 4;
+    const int32_t column = of_lane / 4;
+    const int32_t g = kPacked ? column % kPackedHeads : tile * kTileHeads + column;
     const int32_t channel = 32 * pair + of_lane % 4 * 2 + place % 2 + place / 2 * 8;
     // 2^-e of a factor 2^e, which is a normal number.
     const float normalise = float_of_bits((254u << 23) - bits_of(factors[g]));
     const float first = query_element(params, target, g, channel) * normalise;
     const float second = query_element(params, target, g, channel + 16) * normalise;
     const __half high_first = __float2half_rn(first), high_second = __float2half_rn(second);
+    const uint32_t high = pack(high_first, high_second);
+    const uint32_t low = pack(__float2half_rn(first - __half2float(high_first)),
+                              __float2half_rn(second - __half2float(high_second)));
+    const bool is_first_part = kPacked && column < kPackedHeads;
     QueryPair& to = query[tile * kPairs + pair];
-    to.high[of_lane].at[place] = pack(high_first, high_second);
-    to.low[of_lane].at[place] = pack(__float2half_rn(first - __half2float(high_first)),
-                                     __float2half_rn(second - __half2float(high_second)));
+    to.high[of_lane].at[place] = is_first_part ? 0 : high;
+    to.low[of_lane].at[place] = is_first_part ? high : low;
   }
   __syncthreads();
 }

@@ -50,7 +50,7 @@ __device__ void copy_record(const GuidedParams& guided, const Target& target, in
   }
 }
 
-template <int kSteps>
+template <int kSteps, bool kPacked>
 __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
     tensor_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
                   const Split split) {
@@ -82,19 +82,18 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
   int32_t page = page_of_group(groups.begin + Sizes::kStages);
   QueryPair* query = reinterpret_cast<QueryPair*>(memory + Sizes::kRingBytes);
   const int32_t tiles = (guided.attention.group_size + kTileHeads - 1) / kTileHeads;
-  split_queries<Sizes::kPairs>(guided.attention, target, tiles, factors, query);
+  split_queries<Sizes::kPairs, kPacked>(guided.attention, target, tiles, factors, query);
 
   uint8_t* stage = ring;
   for (int32_t group = groups.begin; group < groups.end; ++group) {
     sm80::wait_copies<Sizes::kStages - 1>();
     __syncwarp();  // all lanes' pieces are there
     for (int32_t tile = 0; tile < tiles; ++tile) {
-      LaneScores scores;
-      const QueryPair* of_tile = query + tile * Sizes::kPairs;
-      const int32_t first_head = tile * kTileHeads + static_cast<int32_t>(threadIdx.x % 4) * 2;
-      multiply<kSteps>(stage, of_tile, scores);
-      finish_logits(guided, target, group, first_head, factors, scores);
-      reduce_tile(guided, target, group, first_head, scores, space);
+      LaneSums sums;
+      multiply<kSteps, kPacked>(stage, query + tile * Sizes::kPairs, sums);
+      auto logits = to_logits<kPacked>(sums, factors, tile);
+      finish_logits(guided, target, group, logits);
+      reduce_units(guided, target, group, logits, space);
     }
     __syncwarp();  // all lanes have read it
     const int32_t next = group + Sizes::kStages;
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
   }
 }
 
-template <int kSteps>
+template <int kSteps, bool kPacked>
 cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
   using Sizes = TensorSizes<kSteps>;
   static ResidencyCache<1> cache;
@@ -114,11 +113,11 @@ cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStrea
   const cudaError_t error = cache.get(
       0,
       [](int* blocks) {
-        const cudaError_t failure =
-            cudaFuncSetAttribute(tensor_kernel<kSteps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(Sizes::kSharedBytes));
+        const cudaError_t failure = cudaFuncSetAttribute(
+            tensor_kernel<kSteps, kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(Sizes::kSharedBytes));
         if (failure != cudaSuccess) return failure;
-        return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, tensor_kernel<kSteps>,
+        return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, tensor_kernel<kSteps, kPacked>,
                                                              Sizes::kThreads, Sizes::kSharedBytes);
       },
       &residency);
@@ -131,7 +130,7 @@ cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStrea
   const int64_t busy = (groups + Sizes::kWarps * kWarpGroups - 1) / (Sizes::kWarps * kWarpGroups);
   const Split split = {static_cast<int32_t>(std::max(fill, busy)), static_cast<int32_t>(fill)};
   const unsigned blocks = static_cast<unsigned>(items * (split.blocks + 1));
-  tensor_kernel<kSteps>
+  tensor_kernel<kSteps, kPacked>
       <<<blocks, Sizes::kThreads, Sizes::kSharedBytes, stream>>>(params, space, split);
   return cudaGetLastError();
 }
@@ -150,6 +149,16 @@ bool can_use_tensors(const GuidedParams& params) {
       return false;
   }
 }
+
+namespace {
+
+template <int kSteps>
+cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
+  return params.attention.group_size <= kPackedHeads ? launch<kSteps, true>(params, space, stream)
+                                                     : launch<kSteps, false>(params, space, stream);
+}
+
+}  // namespace
 
 cudaError_t score_tensors(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
   switch (params.attention.head_dim) {
