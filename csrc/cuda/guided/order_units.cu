@@ -10,11 +10,14 @@
 namespace art::cuda::guided {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+// Few units leave many threads without any, and more thread blocks fit without these.
+constexpr int kFewWarps = 8;
+constexpr int kManyWarps = 16;
+constexpr int32_t kManyUnits = 1024;
 constexpr int kMaxSharedUnits = 8192;  // longer orders go through global memory
 constexpr int kMostHeads = 64;         // query heads that are added up together
 
+template <int kWarps>
 struct Shared {
   uint32_t count[kWarps][kNumBuckets];  // units of a warp's part, then where the next of them goes
   unsigned long long mass[kMostHeads];
@@ -38,15 +41,32 @@ struct UnitVector {
 };
 
 // The vectors of a head's units, and who takes which: warps share out heads, then parts of them.
-template <class Each>
-__device__ void for_each_vector(const GuidedUnits& units, int32_t heads, const Each& each) {
+// Several are on their way at a time. each(head) begins a head and returns what takes its vectors.
+template <int kWarps, class Each, class Finish>
+__device__ void for_each_vector(const GuidedUnits& units, const int16_t* lse, int32_t stride,
+                                int32_t heads, const Each& each, const Finish& finish) {
+  constexpr int kAtOnce = kWarps > kFewWarps ? 4 : 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t parts = heads < kWarps ? kWarps / heads : 1;
   const int32_t begin = units.begin / kUnitsPerVector;
   const int32_t end = (units.end + kUnitsPerVector - 1) / kUnitsPerVector;
   for (int32_t task = warp; task < heads * parts; task += kWarps) {
-    const int32_t head = task % heads;
-    each(head, begin + task / heads * 32 + lane, end, parts * 32);
+    const int32_t head = task % heads, step = parts * 32;
+    const int16_t* of_head = lse + int64_t{head} * stride;
+    auto state = each(head);
+    for (int32_t v = begin + task / heads * 32 + lane; v < end; v += kAtOnce * step) {
+      UnitVector vectors[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (v + i * step < end)
+          vectors[i] = UnitVector::load(of_head, (v + i * step) * kUnitsPerVector);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (v + i * step < end) state.add(vectors[i], (v + i * step) * kUnitsPerVector);
+      }
+    }
+    finish(head, state);
   }
 }
 
@@ -54,52 +74,70 @@ __device__ inline bool is_visible(const GuidedUnits& units, int32_t unit) {
   return unit >= units.begin && unit < units.end;
 }
 
-// The largest unit of each head, if it is larger than what shared.largest has.
-__device__ void find_largest(const GuidedUnits& units, const int16_t* lse, int32_t stride,
-                             int32_t heads, Shared& shared) {
-  for_each_vector(units, heads, [&](int32_t head, int32_t first, int32_t end, int32_t step) {
-    int32_t largest = kLeastSteps;
-    for (int32_t v = first; v < end; v += step) {
-      const auto vector = UnitVector::load(lse + int64_t{head} * stride, v * kUnitsPerVector);
+struct LargestUnit {
+  const GuidedUnits& units;
+  int32_t largest = kLeastSteps;
+
+  __device__ void add(const UnitVector& vector, int32_t first_unit) {
 #pragma unroll
-      for (int i = 0; i < kUnitsPerVector; ++i) {
-        if (!is_visible(units, v * kUnitsPerVector + i)) continue;
-        largest = max(largest, static_cast<int32_t>(vector.steps[i]));
-      }
+    for (int i = 0; i < kUnitsPerVector; ++i) {
+      if (!is_visible(units, first_unit + i)) continue;
+      largest = max(largest, static_cast<int32_t>(vector.steps[i]));
     }
-    largest = __reduce_max_sync(~0u, largest);
-    if (threadIdx.x % 32 == 0) atomicMax(&shared.largest[head], largest);
-  });
+  }
+};
+
+// The largest unit of each head, if it is larger than what shared.largest has.
+template <int kWarps>
+__device__ void find_largest(const GuidedUnits& units, const int16_t* lse, int32_t stride,
+                             int32_t heads, Shared<kWarps>& shared) {
+  for_each_vector<kWarps>(
+      units, lse, stride, heads, [&](int32_t) { return LargestUnit{units}; },
+      [&](int32_t head, const LargestUnit& state) {
+        const int32_t largest = __reduce_max_sync(~0u, state.largest);
+        if (threadIdx.x % 32 == 0) atomicMax(&shared.largest[head], largest);
+      });
 }
 
+struct UnitMasses {
+  const GuidedUnits& units;
+  const uint32_t* powers;
+  int32_t largest;
+  unsigned long long mass = 0;
+
+  __device__ void add(const UnitVector& vector, int32_t first_unit) {
+#pragma unroll
+    for (int i = 0; i < kUnitsPerVector; ++i) {
+      if (!is_visible(units, first_unit + i)) continue;
+      // mass_below(), with its table where all lanes can read it at once.
+      const uint32_t below = largest - vector.steps[i];
+      if (below < 32 * 64) mass += powers[below % 64] >> below / 64;
+    }
+  }
+};
+
 // What all units of each head weigh, relative to the largest.
+template <int kWarps>
 __device__ void add_masses(const GuidedUnits& units, const int16_t* lse, int32_t stride,
-                           int32_t heads, Shared& shared) {
-  for_each_vector(units, heads, [&](int32_t head, int32_t first, int32_t end, int32_t step) {
-    const int32_t largest = shared.largest[head];
-    unsigned long long mass = 0;
-    for (int32_t v = first; v < end; v += step) {
-      const auto vector = UnitVector::load(lse + int64_t{head} * stride, v * kUnitsPerVector);
+                           int32_t heads, Shared<kWarps>& shared) {
+  for_each_vector<kWarps>(
+      units, lse, stride, heads,
+      [&](int32_t head) { return UnitMasses{units, shared.powers, shared.largest[head]}; },
+      [&](int32_t head, const UnitMasses& state) {
+        unsigned long long mass = state.mass;
 #pragma unroll
-      for (int i = 0; i < kUnitsPerVector; ++i) {
-        if (!is_visible(units, v * kUnitsPerVector + i)) continue;
-        // mass_below(), with its table where all lanes can read it at once.
-        const uint32_t below = largest - vector.steps[i];
-        if (below < 32 * 64) mass += shared.powers[below % 64] >> below / 64;
-      }
-    }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      mass += __shfl_xor_sync(~0u, mass, distance);
-    }
-    if (threadIdx.x % 32 == 0) atomicAdd(&shared.mass[head], mass);
-  });
+        for (int distance = 16; distance > 0; distance /= 2) {
+          mass += __shfl_xor_sync(~0u, mass, distance);
+        }
+        if (threadIdx.x % 32 == 0) atomicAdd(&shared.mass[head], mass);
+      });
 }
 
 // Log-sum-exp of all units, and of the sink, of some query heads.
+template <int kWarps>
 __device__ void find_totals(const GuidedParams& guided, const Target& target,
                             const GuidedUnits& units, const int16_t* lse, int32_t stride,
-                            int32_t first_head, int32_t heads, Shared& shared) {
+                            int32_t first_head, int32_t heads, Shared<kWarps>& shared) {
   const float* sinks = guided.attention.attn_sinks;
   const int tid = threadIdx.x;
   int32_t sink = kLeastSteps;
@@ -124,12 +162,13 @@ __device__ void find_totals(const GuidedParams& guided, const Target& target,
 }
 
 // The largest share of each unit over some query heads; keeps what other heads have found.
+template <int kWarps>
 __device__ void share_of_units(const GuidedUnits& units, const int16_t* lse, int32_t stride,
-                               int32_t heads, bool is_first, const Shared& shared,
+                               int32_t heads, bool is_first, const Shared<kWarps>& shared,
                                int32_t* scores) {
   const int32_t begin = units.begin / kUnitsPerVector;
   const int32_t end = (units.end + kUnitsPerVector - 1) / kUnitsPerVector;
-  for (int32_t v = begin + static_cast<int32_t>(threadIdx.x); v < end; v += kThreads) {
+  for (int32_t v = begin + static_cast<int32_t>(threadIdx.x); v < end; v += 32 * kWarps) {
     int32_t best[kUnitsPerVector];
 #pragma unroll
     for (int i = 0; i < kUnitsPerVector; ++i) {
@@ -154,13 +193,14 @@ __device__ void share_of_units(const GuidedUnits& units, const int16_t* lse, int
 }
 
 // The unpinned units of one warp: neighbours, so that warps and lanes are in the order of units.
+template <int kWarps>
 struct WarpUnits {
   int32_t begin;
   int32_t end;
 
   __device__ explicit WarpUnits(const GuidedUnits& units) {
     const int32_t all = units.recent_begin - units.sink_end;
-    const int32_t share = (all + kThreads - 1) / kThreads * 32;
+    const int32_t share = (all + 32 * kWarps - 1) / (32 * kWarps) * 32;
     const int32_t first = static_cast<int32_t>(threadIdx.x) / 32 * share;
     begin = units.sink_end + (first < all ? first : all);
     end = units.sink_end + (first + share < all ? first + share : all);
@@ -168,8 +208,10 @@ struct WarpUnits {
 };
 
 // How many units each warp has in each bucket.
-__device__ void count_units(const GuidedUnits& units, const int32_t* scores, Shared& shared) {
-  const WarpUnits mine(units);
+template <int kWarps>
+__device__ void count_units(const GuidedUnits& units, const int32_t* scores,
+                            Shared<kWarps>& shared) {
+  const WarpUnits<kWarps> mine(units);
   uint32_t* count = shared.count[threadIdx.x / 32];
   for (int32_t u = mine.begin + static_cast<int32_t>(threadIdx.x % 32); u < mine.end; u += 32) {
     atomicAdd(&count[bucket_of(scores[u - units.begin], shared.best)], 1u);
@@ -177,11 +219,12 @@ __device__ void count_units(const GuidedUnits& units, const int32_t* scores, Sha
 }
 
 // From counts to the position of each warp's first unit in each bucket: by bucket, then by warp.
-__device__ void place_buckets(int32_t first_position, Shared& shared) {
+template <int kWarps>
+__device__ void place_buckets(int32_t first_position, Shared<kWarps>& shared) {
   const int tid = threadIdx.x, lane = tid % 32;
   uint32_t sum = 0, until = 0;
   if (tid < kNumBuckets) {
-#pragma unroll
+#pragma unroll 8
     for (int w = 0; w < kWarps; ++w) sum += shared.count[w][tid];
     until = sum;
 #pragma unroll
@@ -195,7 +238,7 @@ __device__ void place_buckets(int32_t first_position, Shared& shared) {
   if (tid < kNumBuckets) {
     uint32_t next = first_position + until - sum;
     for (int w = 0; w < tid / 32; ++w) next += shared.before[w];
-#pragma unroll
+#pragma unroll 8
     for (int w = 0; w < kWarps; ++w) {
       const uint32_t count = shared.count[w][tid];
       shared.count[w][tid] = next;
@@ -206,9 +249,10 @@ __device__ void place_buckets(int32_t first_position, Shared& shared) {
 }
 
 // Puts every unit behind those of its bucket that come before it.
+template <int kWarps>
 __device__ void place_units(const GuidedUnits& units, const int32_t* scores, int32_t* order,
-                            Shared& shared) {
-  const WarpUnits mine(units);
+                            Shared<kWarps>& shared) {
+  const WarpUnits<kWarps> mine(units);
   const int lane = threadIdx.x % 32;
   uint32_t* next = shared.count[threadIdx.x / 32];
   for (int32_t first = mine.begin; first < mine.end; first += 32) {
@@ -229,15 +273,16 @@ __device__ void place_units(const GuidedUnits& units, const int32_t* scores, int
 }
 
 // Pinned units, then the others by buckets.
+template <int kWarps>
 __device__ void order_units(const GuidedUnits& units, const int32_t* scores, int32_t* order,
-                            Shared& shared) {
+                            Shared<kWarps>& shared) {
   const int tid = threadIdx.x;
   const int32_t sinks = units.sink_end - units.begin, pinned = units.num_pinned();
-  for (int32_t i = tid; i < pinned; i += kThreads) {
+  for (int32_t i = tid; i < pinned; i += 32 * kWarps) {
     order[i] = i < sinks ? units.begin + i : units.recent_begin + (i - sinks);
   }
   int32_t best = INT32_MIN;
-  for (int32_t u = units.sink_end + tid; u < units.recent_begin; u += kThreads) {
+  for (int32_t u = units.sink_end + tid; u < units.recent_begin; u += 32 * kWarps) {
     best = max(best, scores[u - units.begin]);
   }
   best = __reduce_max_sync(~0u, best);
@@ -250,11 +295,12 @@ __device__ void order_units(const GuidedUnits& units, const int32_t* scores, int
   __syncthreads();
 }
 
+template <int kWarps>
 __device__ void write_walk(const GuidedParams& guided, const Target& target,
                            const GuidedUnits& units, const int32_t* scores, const int32_t* order) {
   const int64_t first = int64_t{target.index} * guided.max_units;
   const int32_t num_units = units.num_units();
-  for (int32_t i = threadIdx.x; i < guided.max_units; i += kThreads) {
+  for (int32_t i = threadIdx.x; i < guided.max_units; i += 32 * kWarps) {
     const int32_t unit = i < num_units ? order[i] : -1;
     guided.walk[first + i] = unit;
     guided.log_mass[first + i] =
@@ -271,7 +317,7 @@ __device__ void write_walk(const GuidedParams& guided, const Target& target,
 __device__ void write_rest_of_head(const GuidedUnits& units, const int16_t* lse, int32_t largest,
                                    const int32_t* order, const uint32_t* powers, int32_t max_units,
                                    float* log_rest) {
-  constexpr int kEach = 8;
+  constexpr int kEach = 4;
   const int lane = threadIdx.x % 32;
   const int32_t num_units = units.num_units();
   uint64_t after = 0;  // the mass of all that this pass has behind it
@@ -304,9 +350,10 @@ __device__ void write_rest_of_head(const GuidedUnits& units, const int16_t* lse,
   }
 }
 
+template <int kWarps>
 __device__ void write_rest(const GuidedParams& guided, const Target& target,
                            const GuidedUnits& units, const Workspace& space, const int32_t* order,
-                           Shared& shared) {
+                           Shared<kWarps>& shared) {
   const int32_t group_size = guided.attention.group_size;
   for (int32_t first = 0; first < group_size; first += kMostHeads) {
     const int32_t left = group_size - first, heads = left < kMostHeads ? left : kMostHeads;
@@ -325,9 +372,10 @@ __device__ void write_rest(const GuidedParams& guided, const Target& target,
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kWarps == kFewWarps ? 3 : 1)
     order_kernel(const __grid_constant__ GuidedParams guided, const Workspace space) {
-  __shared__ Shared shared;
+  __shared__ Shared<kWarps> shared;
   extern __shared__ __align__(16) unsigned char memory[];
   const int tid = threadIdx.x;
   const Target target(guided, static_cast<int32_t>(blockIdx.x));
@@ -336,7 +384,7 @@ __global__ void __launch_bounds__(kThreads)
                         ? reinterpret_cast<int32_t*>(memory)
                         : space.order + int64_t{target.index} * 2 * guided.max_units;
   int32_t* order = scores + guided.max_units;
-  for (int i = tid; i < kWarps * kNumBuckets; i += kThreads) (&shared.count[0][0])[i] = 0;
+  for (int i = tid; i < kWarps * kNumBuckets; i += 32 * kWarps) (&shared.count[0][0])[i] = 0;
   if (tid < 64) shared.powers[tid] = power_of_fraction(tid);
   if (tid == 0) shared.best = INT32_MIN;
   __syncthreads();
@@ -352,7 +400,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     order_units(units, scores, order, shared);
   }
-  write_walk(guided, target, units, scores, order);
+  write_walk<kWarps>(guided, target, units, scores, order);
   if (guided.log_rest != nullptr) write_rest(guided, target, units, space, order, shared);
 }
 
@@ -362,18 +410,28 @@ bool orders_in_shared_memory(const GuidedParams& params) {
   return params.max_units <= kMaxSharedUnits;
 }
 
-cudaError_t order_units(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
+namespace {
+
+template <int kWarps>
+cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
   const size_t bytes = orders_in_shared_memory(params) ? 2 * sizeof(int32_t) * params.max_units : 0;
   constexpr size_t kDefaultBytes = 48 << 10;  // that need no permission
-  if (bytes + sizeof(Shared) > kDefaultBytes) {
+  if (bytes + sizeof(Shared<kWarps>) > kDefaultBytes) {
     const cudaError_t error =
-        cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        cudaFuncSetAttribute(order_kernel<kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(2 * sizeof(int32_t) * kMaxSharedUnits));
     if (error != cudaSuccess) return error;
   }
   const unsigned items = static_cast<unsigned>(num_items(params.attention));
-  order_kernel<<<items, kThreads, bytes, stream>>>(params, space);
+  order_kernel<kWarps><<<items, 32 * kWarps, bytes, stream>>>(params, space);
   return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t order_units(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
+  return params.max_units > kManyUnits ? launch<kManyWarps>(params, space, stream)
+                                       : launch<kFewWarps>(params, space, stream);
 }
 
 }  // namespace art::cuda::guided

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int32_t kWarpGroups = 16;  // fewer for a warp do not make up for splitting the queries
 
+ART_HD int32_t num_tiles(int32_t group_size) { return (group_size + kTileHeads - 1) / kTileHeads; }
+
 // How an item is shared out. Its first thread block takes what follows the last complete group.
 struct Split {
   int32_t blocks;  // for the groups, at most
@@ -51,7 +53,7 @@ __device__ void copy_record(const GuidedParams& guided, const Target& target, in
 }
 
 template <int kSteps, bool kPacked>
-__global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
+__global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5 : 3)
     tensor_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
                   const Split split) {
   using Sizes = TensorSizes<kSteps>;
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
   }
   int32_t page = page_of_group(groups.begin + Sizes::kStages);
   QueryPair* query = reinterpret_cast<QueryPair*>(memory + Sizes::kRingBytes);
-  const int32_t tiles = (guided.attention.group_size + kTileHeads - 1) / kTileHeads;
+  const int32_t tiles = kPacked ? 1 : num_tiles(guided.attention.group_size);
   split_queries<Sizes::kPairs, kPacked>(guided.attention, target, tiles, factors, query);
 
   uint8_t* stage = ring;
@@ -89,8 +91,7 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
     sm80::wait_copies<Sizes::kStages - 1>();
     __syncwarp();  // all lanes' pieces are there
     for (int32_t tile = 0; tile < tiles; ++tile) {
-      LaneSums sums;
-      multiply<kSteps, kPacked>(stage, query + tile * Sizes::kPairs, sums);
+      const LaneSums sums = multiply<kSteps, kPacked>(stage, query + tile * Sizes::kPairs);
       auto logits = to_logits<kPacked>(sums, factors, tile);
       finish_logits(guided, target, group, logits);
       reduce_units(guided, target, group, logits, space);
@@ -108,17 +109,19 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, 2)
 template <int kSteps, bool kPacked>
 cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
   using Sizes = TensorSizes<kSteps>;
-  static ResidencyCache<1> cache;
+  static ResidencyCache<kMaxTiles> cache;
+  const int32_t tiles = kPacked ? 1 : num_tiles(params.attention.group_size);
+  const size_t shared_bytes = Sizes::shared_bytes(tiles);
   Residency residency;
   const cudaError_t error = cache.get(
-      0,
-      [](int* blocks) {
+      tiles - 1,
+      [shared_bytes](int* blocks) {
         const cudaError_t failure = cudaFuncSetAttribute(
             tensor_kernel<kSteps, kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(Sizes::kSharedBytes));
+            static_cast<int>(Sizes::shared_bytes(kMaxTiles)));
         if (failure != cudaSuccess) return failure;
         return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, tensor_kernel<kSteps, kPacked>,
-                                                             Sizes::kThreads, Sizes::kSharedBytes);
+                                                             Sizes::kThreads, shared_bytes);
       },
       &residency);
   if (error != cudaSuccess) return error;
@@ -131,7 +134,7 @@ cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStrea
   const Split split = {static_cast<int32_t>(std::max(fill, busy)), static_cast<int32_t>(fill)};
   const unsigned blocks = static_cast<unsigned>(items * (split.blocks + 1));
   tensor_kernel<kSteps, kPacked>
-      <<<blocks, Sizes::kThreads, Sizes::kSharedBytes, stream>>>(params, space, split);
+      <<<blocks, Sizes::kThreads, shared_bytes, stream>>>(params, space, split);
   return cudaGetLastError();
 }
 

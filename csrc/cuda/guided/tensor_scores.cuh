@@ -4,6 +4,7 @@
 // and its queries: not on the warp, the place in the ring or the thread block.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/guided/code_query.cuh"
@@ -21,18 +22,17 @@ using HalfMma = sm80::Mma<__half>;
 template <int kSteps>
 struct TensorSizes {
   static constexpr int kPairs = kSteps / 2;
-  static constexpr int kPairsAtOnce = kPairs % 3 == 0 ? 3 : (kPairs > 4 ? 4 : 2);
-  static constexpr int kWarps = kSteps > 8 ? 4 : 8;
+  static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStages = kSteps > 4 ? 3 : 4;
   static constexpr int kRecordBytes = 320 * kSteps;
   static constexpr int kUnitBytes = 64 * kSteps;
   static constexpr int kGridBytes = 32 * kSteps;  // of the scales, and of the zeros
   static constexpr size_t kRingBytes = size_t{kWarps} * kStages * kRecordBytes;
-  static constexpr size_t kQueryBytes = kMaxTiles * kPairs * sizeof(QueryPair);
-  static constexpr size_t kSharedBytes = kRingBytes + kQueryBytes > sizeof(PlainShared)
-                                             ? kRingBytes + kQueryBytes
-                                             : sizeof(PlainShared);
+
+  static size_t shared_bytes(int32_t tiles) {
+    return std::max(kRingBytes + tiles * kPairs * sizeof(QueryPair), sizeof(PlainShared));
+  }
 };
 
 __device__ inline float power_of_2(float x) {
@@ -96,28 +96,48 @@ __device__ uint32_t largest_scale(const uint8_t* scales) {
   return low > high ? low : high;
 }
 
-// <query, zero> and <query * scale, code> of a group for a tile of heads. Some pairs of steps at a
-// time, for all of them need more registers than there are.
+// <query, zero> of a group for a tile of heads.
 template <int kSteps, bool kPacked>
-__device__ void multiply(const uint8_t* record, const QueryPair* query, LaneSums& sums) {
+__device__ void multiply_zeros(const uint8_t* record, const QueryPair* query, float (&sums)[2]) {
   using Sizes = TensorSizes<kSteps>;
-  constexpr int kPairs = Sizes::kPairs, kAtOnce = Sizes::kPairsAtOnce;
+  constexpr int kPairs = Sizes::kPairs;
   const int lane = threadIdx.x % 32;
-  const uint8_t* scales = record + kGroupUnits * Sizes::kUnitBytes;
-  const ScaleFactors factors(largest_scale<kSteps>(scales));
-  sums = {};
-  sums.codes_factor = power_of_two(24 - factors.exponent);
+  const uint8_t* of_lane =
+      record + kGroupUnits * Sizes::kUnitBytes + Sizes::kGridBytes + lane % 4 * kPairs * 4;
   // Rows of an instruction: the first eight are good in one of these, the others in the other.
   float even_places[4] = {}, odd_places[4] = {};
-#pragma unroll 1
-  for (int first = 0; first < kPairs; first += kAtOnce) {
-    uint32_t scale[kPlaces][kAtOnce], zero[kPlaces][kAtOnce], code[kGroupUnits][kAtOnce];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    uint32_t zero[kPlaces];
 #pragma unroll
     for (int p = 0; p < kPlaces; ++p) {
-      const uint8_t* of_lane = scales + ((p * 4 + lane % 4) * kPairs + first) * 4;
-      load_words(of_lane, scale[p]);
-      load_words(of_lane + Sizes::kGridBytes, zero[p]);
+      zero[p] = *reinterpret_cast<const uint32_t*>(of_lane + (p * 4 * kPairs + j) * 4);
     }
+    const PlaceWords low = query[j].low[lane];
+    HalfMma::run(even_places, zero, low.at[0], low.at[2]);
+    HalfMma::run(odd_places, zero, low.at[1], low.at[3]);
+    if constexpr (!kPacked) {
+      const PlaceWords high = query[j].high[lane];
+      HalfMma::run(even_places, zero, high.at[0], high.at[2]);
+      HalfMma::run(odd_places, zero, high.at[1], high.at[3]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) sums[i] = even_places[i] + odd_places[2 + i];
+}
+
+// <query * scale, code> of a group for a tile of heads. Some pairs of steps at a time, for all of
+// them need more registers than there are.
+template <int kSteps, bool kPacked>
+__device__ void multiply_codes(const uint8_t* record, const QueryPair* query, ScaleFactors factors,
+                               float (&sums)[kGroupUnits][4]) {
+  using Sizes = TensorSizes<kSteps>;
+  constexpr int kPairs = Sizes::kPairs, kAtOnce = kPacked && kPairs % 2 == 0 ? 2 : 1;
+  const int lane = threadIdx.x % 32;
+  const uint8_t* scales = record + kGroupUnits * Sizes::kUnitBytes + lane % 4 * kPairs * 4;
+#pragma unroll 1
+  for (int first = 0; first < kPairs; first += kAtOnce) {
+    uint32_t code[kGroupUnits][kAtOnce];
 #pragma unroll
     for (int u = 0; u < kGroupUnits; ++u) {
       load_words(record + u * Sizes::kUnitBytes + (lane * kPairs + first) * 4, code[u]);
@@ -125,16 +145,11 @@ __device__ void multiply(const uint8_t* record, const QueryPair* query, LaneSums
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       PlaceWords high = query[first + j].high[lane], low = query[first + j].low[lane];
-      const uint32_t a[4] = {zero[0][j], zero[1][j], zero[2][j], zero[3][j]};
-      HalfMma::run(even_places, a, low.at[0], low.at[2]);
-      HalfMma::run(odd_places, a, low.at[1], low.at[3]);
-      if constexpr (!kPacked) {
-        HalfMma::run(even_places, a, high.at[0], high.at[2]);
-        HalfMma::run(odd_places, a, high.at[1], high.at[3]);
-      }
 #pragma unroll
       for (int p = 0; p < kPlaces; ++p) {
-        const __half2 scaled = __hmul2_rn(unpack(scale[p][j]), factors.of_place(p));
+        const auto* scale =
+            reinterpret_cast<const uint32_t*>(scales + (p * 4 * kPairs + first + j) * 4);
+        const __half2 scaled = __hmul2_rn(unpack(*scale), factors.of_place(p));
         scale_query(&high.at[p], &low.at[p], scaled);
       }
 #pragma unroll
@@ -145,14 +160,23 @@ __device__ void multiply(const uint8_t* record, const QueryPair* query, LaneSums
           const uint32_t mask = 0x00030003u << 2 * p, next = mask << 2;
           const uint32_t a[4] = {first_tokens & mask, second_tokens & mask, first_tokens & next,
                                  second_tokens & next};
-          HalfMma::run(sums.codes[u], a, low.at[p], low.at[p + 1]);
-          if constexpr (!kPacked) HalfMma::run(sums.codes[u], a, high.at[p], high.at[p + 1]);
+          HalfMma::run(sums[u], a, low.at[p], low.at[p + 1]);
+          if constexpr (!kPacked) HalfMma::run(sums[u], a, high.at[p], high.at[p + 1]);
         }
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) sums.zeros[i] = even_places[i] + odd_places[2 + i];
+}
+
+template <int kSteps, bool kPacked>
+__device__ LaneSums multiply(const uint8_t* record, const QueryPair* query) {
+  using Sizes = TensorSizes<kSteps>;
+  const ScaleFactors factors(largest_scale<kSteps>(record + kGroupUnits * Sizes::kUnitBytes));
+  LaneSums sums = {};
+  sums.codes_factor = power_of_two(24 - factors.exponent);
+  multiply_zeros<kSteps, kPacked>(record, query, sums.zeros);
+  multiply_codes<kSteps, kPacked>(record, query, factors, sums.codes);
+  return sums;
 }
 
 // From the sums of a tile to logits; `factors`: of its heads. Where the parts of a query are in
