@@ -81,43 +81,62 @@ __device__ inline float power_of_two(int32_t exponent) {
   return float_of_bits(static_cast<uint32_t>(exponent + 127) << 23);
 }
 
-// Fills `query` [tiles][kPairs], and the factors [tiles * kTileHeads] that the scores
-// have to be multiplied by. For the whole thread block; ends with all threads together.
-template <int kPairs, bool kPacked>
-__device__ void split_queries(const DecodeParams& params, const Target& target, int32_t tiles,
-                              float* factors, QueryPair* query) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int32_t heads = kPacked ? kPackedHeads : tiles * kTileHeads;
-  for (int32_t g = warp; g < heads; g += warps) {
-    float largest = 0.0f;
-    for (int32_t d = lane; d < params.head_dim; d += 32) {
-      largest = fmaxf(largest, fabsf(query_element(params, target, g, d)));
+// A warp's share of one head's query: each lane has words of it, both elements apart.
+template <int kPairs>
+struct HeadWords {
+  static constexpr int kWordsOfPair = 4 * kPlaces;  // of the four lanes that have a column
+  static constexpr int kWords = kPairs * kWordsOfPair;
+  static constexpr int kOfLane = (kWords + 31) / 32;
+  float first[kOfLane];
+  float second[kOfLane];
+
+  __device__ static int word(int i) { return static_cast<int>(threadIdx.x % 32) + 32 * i; }
+
+  __device__ HeadWords(const DecodeParams& params, const Target& target, int32_t g) {
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int w = word(i), place = w % kPlaces;
+      const int32_t channel =
+          32 * (w / kWordsOfPair) + w / kPlaces % 4 * 2 + place % 2 + place / 2 * 8;
+      const bool exists = kWords % 32 == 0 || w < kWords;
+      first[i] = exists ? query_element(params, target, g, channel) : 0.0f;
+      second[i] = exists ? query_element(params, target, g, channel + 16) : 0.0f;
     }
-    largest = warp_max(largest);
-    if (lane == 0) factors[g] = power_of_two(exponent_of(largest) - kQueryExponent);
   }
-  __syncthreads();
-  for (int32_t i = threadIdx.x; i < tiles * kPairs * 32 * kPlaces; i += blockDim.x) {
-    const int32_t place = i % kPlaces, of_lane = i / kPlaces % 32;
-    const int32_t pair = i / kPlaces / 32 % kPairs, tile = i / kPlaces / 32 / kPairs;
-    const int32_t column = of_lane / 4;
-    const int32_t g = kPacked ? column % kPackedHeads : tile * kTileHeads + column;
-    const int32_t channel = 32 * pair + of_lane % 4 * 2 + place % 2 + place / 2 * 8;
-    // 2^-e of a factor 2^e, which is a normal number.
-    const float normalise = float_of_bits((254u << 23) - bits_of(factors[g]));
-    const float first = query_element(params, target, g, channel) * normalise;
-    const float second = query_element(params, target, g, channel + 16) * normalise;
-    const __half high_first = __float2half_rn(first), high_second = __float2half_rn(second);
-    const uint32_t high = pack(high_first, high_second);
-    const uint32_t low = pack(__float2half_rn(first - __half2float(high_first)),
-                              __float2half_rn(second - __half2float(high_second)));
-    const bool is_first_part = kPacked && column < kPackedHeads;
-    QueryPair& to = query[tile * kPairs + pair];
-    to.high[of_lane].at[place] = is_first_part ? 0 : high;
-    to.low[of_lane].at[place] = is_first_part ? high : low;
+
+  // Writes both parts to `query` [kPairs], and the factor that the head's scores have to be
+  // multiplied by. `g`: the head's number in its tile.
+  template <bool kPacked>
+  __device__ void split(int32_t g, float* factor, QueryPair* query) const {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      largest = fmaxf(largest, fmaxf(fabsf(first[i]), fabsf(second[i])));
+    }
+    const int32_t exponent = exponent_of(warp_max(largest)) - kQueryExponent;
+    if (threadIdx.x % 32 == 0) *factor = power_of_two(exponent);
+    const float normalise = power_of_two(-exponent);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int w = word(i);
+      if (kWords % 32 != 0 && w >= kWords) break;
+      const float x = first[i] * normalise, y = second[i] * normalise;
+      const __half high_x = __float2half_rn(x), high_y = __float2half_rn(y);
+      const uint32_t high = pack(high_x, high_y);
+      const uint32_t low = pack(__float2half_rn(x - __half2float(high_x)),
+                                __float2half_rn(y - __half2float(high_y)));
+      const int place = w % kPlaces, lane = g * 4 + w / kPlaces % 4;
+      QueryPair& to = query[w / kWordsOfPair];
+      if constexpr (kPacked) {
+        to.high[lane].at[place] = 0;
+        to.low[lane].at[place] = high;
+      }
+      const int second_lane = kPacked ? lane + 4 * kPackedHeads : lane;
+      to.high[second_lane].at[place] = high;
+      to.low[second_lane].at[place] = low;
+    }
   }
-  __syncthreads();
-}
+};
 
 // A power of two for the scales of a record, in half precision for each place: with 4^-place, for
 // the codes there are larger.

@@ -40,8 +40,13 @@ struct UnitVector {
   }
 };
 
+__device__ inline bool is_visible(const GuidedUnits& units, int32_t unit) {
+  return unit >= units.begin && unit < units.end;
+}
+
 // The vectors of a head's units, and who takes which: warps share out heads, then parts of them.
-// Several are on their way at a time. each(head) begins a head and returns what takes its vectors.
+// Several are on their way at a time. each(head) begins a head and returns what
+// takes its units; finish(head, it) ends it.
 template <int kWarps, class Each, class Finish>
 __device__ void for_each_vector(const GuidedUnits& units, const int16_t* lse, int32_t stride,
                                 int32_t heads, const Each& each, const Finish& finish) {
@@ -63,28 +68,22 @@ __device__ void for_each_vector(const GuidedUnits& units, const int16_t* lse, in
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (v + i * step < end) state.add(vectors[i], (v + i * step) * kUnitsPerVector);
+        const int32_t unit = (v + i * step) * kUnitsPerVector;
+        const bool is_inside = unit >= units.begin && unit + kUnitsPerVector <= units.end;
+#pragma unroll
+        for (int j = 0; j < kUnitsPerVector; ++j) {
+          if (is_inside || is_visible(units, unit + j)) state.add(vectors[i].steps[j]);
+        }
       }
     }
     finish(head, state);
   }
 }
 
-__device__ inline bool is_visible(const GuidedUnits& units, int32_t unit) {
-  return unit >= units.begin && unit < units.end;
-}
-
 struct LargestUnit {
-  const GuidedUnits& units;
   int32_t largest = kLeastSteps;
 
-  __device__ void add(const UnitVector& vector, int32_t first_unit) {
-#pragma unroll
-    for (int i = 0; i < kUnitsPerVector; ++i) {
-      if (!is_visible(units, first_unit + i)) continue;
-      largest = max(largest, static_cast<int32_t>(vector.steps[i]));
-    }
-  }
+  __device__ void add(int16_t steps) { largest = max(largest, static_cast<int32_t>(steps)); }
 };
 
 // The largest unit of each head, if it is larger than what shared.largest has.
@@ -92,7 +91,7 @@ template <int kWarps>
 __device__ void find_largest(const GuidedUnits& units, const int16_t* lse, int32_t stride,
                              int32_t heads, Shared<kWarps>& shared) {
   for_each_vector<kWarps>(
-      units, lse, stride, heads, [&](int32_t) { return LargestUnit{units}; },
+      units, lse, stride, heads, [&](int32_t) { return LargestUnit(); },
       [&](int32_t head, const LargestUnit& state) {
         const int32_t largest = __reduce_max_sync(~0u, state.largest);
         if (threadIdx.x % 32 == 0) atomicMax(&shared.largest[head], largest);
@@ -100,19 +99,14 @@ __device__ void find_largest(const GuidedUnits& units, const int16_t* lse, int32
 }
 
 struct UnitMasses {
-  const GuidedUnits& units;
   const uint32_t* powers;
   int32_t largest;
   unsigned long long mass = 0;
 
-  __device__ void add(const UnitVector& vector, int32_t first_unit) {
-#pragma unroll
-    for (int i = 0; i < kUnitsPerVector; ++i) {
-      if (!is_visible(units, first_unit + i)) continue;
-      // mass_below(), with its table where all lanes can read it at once.
-      const uint32_t below = largest - vector.steps[i];
-      if (below < 32 * 64) mass += powers[below % 64] >> below / 64;
-    }
+  // mass_below(), with its table where all lanes can read it at once.
+  __device__ void add(int16_t steps) {
+    const uint32_t below = largest - steps;
+    if (below < 32 * 64) mass += powers[below % 64] >> below / 64;
   }
 };
 
@@ -122,7 +116,7 @@ __device__ void add_masses(const GuidedUnits& units, const int16_t* lse, int32_t
                            int32_t heads, Shared<kWarps>& shared) {
   for_each_vector<kWarps>(
       units, lse, stride, heads,
-      [&](int32_t head) { return UnitMasses{units, shared.powers, shared.largest[head]}; },
+      [&](int32_t head) { return UnitMasses{shared.powers, shared.largest[head]}; },
       [&](int32_t head, const UnitMasses& state) {
         unsigned long long mass = state.mass;
 #pragma unroll

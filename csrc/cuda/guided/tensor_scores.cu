@@ -8,7 +8,7 @@
 namespace art::cuda::guided {
 namespace {
 
-constexpr int32_t kWarpGroups = 16;  // fewer for a warp do not make up for splitting the queries
+constexpr int32_t kWarpGroups = 24;  // fewer for a warp do not make up for splitting the queries
 
 ART_HD int32_t num_tiles(int32_t group_size) { return (group_size + kTileHeads - 1) / kTileHeads; }
 
@@ -22,6 +22,7 @@ struct Split {
 struct WarpGroups {
   int32_t begin;
   int32_t end;
+  bool block_has_any;
 
   __device__ WarpGroups(const Target& target, Split split, int32_t block, int32_t warps) {
     const int32_t groups = target.num_groups();
@@ -32,6 +33,7 @@ struct WarpGroups {
     const int32_t number = block * warps + static_cast<int32_t>(threadIdx.x) / 32;
     // Whoever is beyond the last begins beyond it.
     const int64_t first = int64_t{number} * share, last = first + share;
+    block_has_any = int64_t{block} * warps * share < groups;
     begin = target.groups.begin + static_cast<int32_t>(first < groups ? first : groups);
     end = target.groups.begin + static_cast<int32_t>(last < groups ? last : groups);
   }
@@ -52,6 +54,8 @@ __device__ void copy_record(const GuidedParams& guided, const Target& target, in
   }
 }
 
+static_assert(TensorSizes<8>::kWarps == kPackedHeads);
+
 template <int kSteps, bool kPacked>
 __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5 : 3)
     tensor_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
@@ -61,6 +65,9 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
   __shared__ float factors[kMaxTiles * kTileHeads];
   const int32_t block = static_cast<int32_t>(blockIdx.x) % (split.blocks + 1) - 1;
   const Target target(guided, static_cast<int32_t>(blockIdx.x) / (split.blocks + 1));
+  // What everybody waits for is asked for first.
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
+  const HeadWords<Sizes::kPairs> words(guided.attention, target, warp);
   if (block < 0) {
     if (!target.has_tail()) return;
     const int32_t origin = target.visible.end / kGroupTokens * kGroupTokens;
@@ -69,11 +76,11 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
     return;
   }
   const WarpGroups groups(target, split, block, Sizes::kWarps);
-  if (!__syncthreads_or(groups.begin < groups.end)) return;
+  if (!groups.block_has_any) return;
 
   const int32_t* table = code_table_of(guided.codes, target.batch, target.kv_head);
   const auto page_of_group = [&](int32_t group) { return group < groups.end ? table[group] : -1; };
-  uint8_t* ring = memory + threadIdx.x / 32 * Sizes::kStages * Sizes::kRecordBytes;
+  uint8_t* ring = memory + warp * Sizes::kStages * Sizes::kRecordBytes;
 #pragma unroll
   for (int s = 0; s < Sizes::kStages; ++s) {
     if (groups.begin + s < groups.end) {
@@ -84,7 +91,15 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
   int32_t page = page_of_group(groups.begin + Sizes::kStages);
   QueryPair* query = reinterpret_cast<QueryPair*>(memory + Sizes::kRingBytes);
   const int32_t tiles = kPacked ? 1 : num_tiles(guided.attention.group_size);
-  split_queries<Sizes::kPairs, kPacked>(guided.attention, target, tiles, factors, query);
+  words.template split<kPacked>(warp, factors + warp, query);
+  if constexpr (!kPacked) {
+    for (int32_t g = warp + Sizes::kWarps; g < tiles * kTileHeads; g += Sizes::kWarps) {
+      const HeadWords<Sizes::kPairs> more(guided.attention, target, g);
+      more.template split<kPacked>(g % kTileHeads, factors + g,
+                                   query + g / kTileHeads * Sizes::kPairs);
+    }
+  }
+  __syncthreads();
 
   uint8_t* stage = ring;
   for (int32_t group = groups.begin; group < groups.end; ++group) {
