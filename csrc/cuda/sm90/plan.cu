@@ -31,14 +31,13 @@ bool find_entries(const DecodeParams& params, Entries* found) {
   }
 }
 
-// Of the criteria these kernels know Stability only; the older ones know ResidualMass too.
 bool takes(const DecodeParams& params) {
   const bool boxes_fit_pages = params.page_size % kBoxTokens == 0 || params.max_pages == 1;
   return params.dtype != DType::kFloat32 && params.head_dim == params.value_dim &&
-         !params.use_residual && params.group_size <= kMaxGroup &&
-         params.unit_size % kBoxTokens == 0 && boxes_fit_pages && is_mappable(params.key, params) &&
-         is_mappable(params.value, params) && params.query_batch_stride % 2 == 0 &&
-         params.query_head_stride % 2 == 0 && reinterpret_cast<uintptr_t>(params.query) % 4 == 0;
+         params.group_size <= kMaxGroup && params.unit_size % kBoxTokens == 0 && boxes_fit_pages &&
+         is_mappable(params.key, params) && is_mappable(params.value, params) &&
+         params.query_batch_stride % 2 == 0 && params.query_head_stride % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(params.query) % 4 == 0;
 }
 
 constexpr int kClusterSizes = 3;
@@ -133,6 +132,7 @@ cudaError_t run(const DecodeParams& params, const Plan& plan, Arena& arena, bool
   if (is_listed) {
     walks.walks = arena.take<ListedWalk>(items);
     walks.kept = arena.take<int32_t>(items * params.max_units);
+    if (params.use_residual) walks.entries = arena.take<int32_t>(items * params.max_units);
   }
   if (measure_only) return cudaSuccess;
 
