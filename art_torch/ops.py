@@ -91,9 +91,8 @@ def decode_attention(
         block_table: ``[batch, max_pages]`` or ``[batch, num_kv_heads, max_pages]`` int32 page ids.
             Entries of pages without a visible token are never read.
         seq_lens: ``[batch]`` or ``[batch, num_kv_heads]`` int32, tokens present.
-        criterion: :class:`~art_torch.Stability`, :class:`~art_torch.ResidualMass` (on the CPU so
-            far, with a guided or an explicit walk), both joined by ``|`` or ``&``, or None to read
-            the whole walk.
+        criterion: :class:`~art_torch.Stability`, :class:`~art_torch.ResidualMass` (with a guided or
+            an explicit walk), both joined by ``|`` or ``&``, or None to read the whole walk.
         walk: ``"sink_recent"`` (the first 64 tokens, then from the newest backwards),
             ``"recent_first"``, ``"oldest_first"``, ``"guided"`` (the order that
             :func:`guided_walk` finds; needs ``key_codes`` and ``code_table``), or int32 unit

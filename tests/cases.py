@@ -56,6 +56,13 @@ class Inputs:
     def dtype(self):
         return self.tensors[0].dtype
 
+    def to(self, device):
+        """The same call on another device; caches may get another layout there."""
+        options = {
+            k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()
+        }
+        return Inputs(tuple(t.to(device) for t in self.tensors), options)
+
     def select(self, rows):
         """The same call for some sequences of the batch."""
         rows = torch.tensor(rows, dtype=torch.long)

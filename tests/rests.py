@@ -12,22 +12,23 @@ from art_torch.criterion import rules_of
 
 def with_true_rest(inputs):
     """The same case with `log_rest` to float32; NaN where nobody may look."""
-    options = inputs.options
+    host = inputs.to("cpu")
+    options = host.options
     walk, lens, unit = options["walk"], options["walk_lens"], options.get("unit_size", 16)
-    batch, num_q_heads = inputs.tensors[0].shape[:2]
+    batch, num_q_heads = host.tensors[0].shape[:2]
     group = num_q_heads // walk.shape[1]
     rest = torch.full((batch, num_q_heads, walk.shape[-1]), math.nan)
     for b, h in [(b, h) for b in range(batch) for h in range(walk.shape[1])]:
         heads = slice(h * group, (h + 1) * group)
         later = torch.full((group,), -math.inf, dtype=torch.float64)
         for i in reversed(range(int(lens[b, h]))):
-            tokens = _tokens(int(walk[b, h, i]), unit, visible_of(inputs, b, h))
+            tokens = _tokens(int(walk[b, h, i]), unit, visible_of(host, b, h))
             if len(tokens) == 0:
                 continue
             rest[b, heads, i] = later.float()
-            _, lse, _ = plain(inputs, b, heads, h, tokens, torch.float64)
+            _, lse, _ = plain(host, b, heads, h, tokens, torch.float64)
             later = torch.logaddexp(later, lse)
-    return Inputs(inputs.tensors, {**options, "log_rest": rest})
+    return Inputs(inputs.tensors, {**inputs.options, "log_rest": rest.to(inputs.tensors[0].device)})
 
 
 def _tokens(unit, unit_size, visible):

@@ -54,8 +54,8 @@ def test_against_the_reference(case, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", [*GUIDED_CASES, *LENGTHS, *SOME], **by_name)
-def test_what_a_walk_leaves(case, dtype):
-    inputs = build(case, dtype)
+def test_what_a_walk_leaves(case, dtype, device):
+    inputs = build(case, dtype, device)
     codes = with_codes(inputs)
     plain, result = walk_of(inputs, codes), walk_of(inputs, codes, rest=True)
     assert plain.log_rest.shape == (*inputs.tensors[0].shape[:2], 0)

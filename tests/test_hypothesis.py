@@ -90,9 +90,9 @@ def test_any_call_agrees_with_the_reference(case, dtype, criterion, seed, device
     other=st.none() | st.builds(Stability, thresholds, thresholds, st.integers(1, 3)),
     all_agree=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_rest_agrees_with_the_reference(case, dtype, eps, other, all_agree, seed):
+def test_any_rest_agrees_with_the_reference(case, dtype, eps, other, all_agree, seed, device):
     # This is about stops. Values that cancel would make it one of rounding in long sums, too.
-    inputs = build(replace(case, walk="explicit", value_mean=1.0), dtype, seed=seed)
+    inputs = build(replace(case, walk="explicit", value_mean=1.0), dtype, device, seed)
     criterion = ResidualMass(eps)
     if other is not None:
         criterion = criterion & other if all_agree else criterion | other

@@ -59,8 +59,8 @@ def test_opcheck_variants(device):
     [ResidualMass(0.1), Stability() | ResidualMass(0.1), Stability() & ResidualMass(0.1)],
     ids=["alone", "either", "both"],
 )
-def test_opcheck_residual_mass(criterion):
-    inputs = build(BIG, torch.float32)
+def test_opcheck_residual_mass(criterion, device):
+    inputs = build(BIG, torch.float32, device)
     inputs = guided_inputs(inputs, call_guided(guided_walk, inputs, with_codes(inputs), rest=True))
     args, kwargs = inputs.tensors, arguments_of(inputs, criterion)
     torch.library.opcheck(torch.ops.art.decode_attention.default, args, kwargs)
@@ -109,8 +109,6 @@ def test_opcheck_encode_keys(device):
 @pytest.mark.parametrize("criterion", [LOOSE, LOOSE | ResidualMass(0.2)], ids=["art", "either"])
 def test_compile_a_guided_step(criterion, device):
     """Encoding, ordering and attention in one graph; the codes are written."""
-    if device.type == "cuda" and criterion is not LOOSE:
-        pytest.skip("ResidualMass runs on the CPU so far")
     args, _ = guided_arguments(BIG, torch.float32, device)
     query, keys, table, lens, pool, codes = args
 

@@ -16,8 +16,15 @@
 namespace art::cuda {
 namespace {
 
-size_t num_listed_units(const DecodeParams& params) {
-  return params.walk_order == WalkOrder::kExplicit ? params.max_units : 0;
+// Room for the units that `lists` explicit walks keep.
+int32_t* take_units(const DecodeParams& params, size_t lists, Arena& arena) {
+  const bool is_listed = params.walk_order == WalkOrder::kExplicit;
+  return arena.take<int32_t>(is_listed ? lists * params.max_units : 0);
+}
+
+// And for where these were in the walks, which only ResidualMass asks.
+int32_t* take_entries(const DecodeParams& params, size_t lists, Arena& arena) {
+  return params.use_residual ? take_units(params, lists, arena) : nullptr;
 }
 
 bool is_aligned(const PagedCache& cache) {
@@ -117,7 +124,8 @@ sm80::Workspace lay_out(const DecodeParams& params, const Plan& plan, Arena& are
     space.running_softmax = arena.take<SoftmaxState>(2 * items * group);
     space.running_values = arena.take<float>(2 * items * group * dim);
   }
-  space.kept_units = arena.take<int32_t>(items * plan.crew * num_listed_units(params));
+  space.kept_units = take_units(params, items * plan.crew, arena);
+  space.kept_entries = take_entries(params, items * plan.crew, arena);
   return space;
 }
 
@@ -126,7 +134,8 @@ portable::Workspace lay_out_portable(const DecodeParams& params, Arena& arena) {
   portable::Workspace space = {};
   space.softmax = arena.take<SoftmaxState>(heads);
   space.values = arena.take<float>(heads * params.value_dim);
-  space.kept_units = arena.take<int32_t>(items * num_listed_units(params));
+  space.kept_units = take_units(params, items, arena);
+  space.kept_entries = take_entries(params, items, arena);
   return space;
 }
 

@@ -11,10 +11,12 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ DecodeParams params,
                                                         const __grid_constant__ ListedWalks walks) {
   const int32_t index = blockIdx.x;
-  int32_t* kept = walks.kept + int64_t{index} * params.max_units;
+  const int64_t first = int64_t{index} * params.max_units;
+  const KeptUnits kept = {walks.kept + first,
+                          walks.entries == nullptr ? nullptr : walks.entries + first};
   const Walk walk = visible_walk<kThreads>(params, index, visible_of(params, index), kept);
   if (threadIdx.x == 0) {
-    walks.walks[index] = {walk.num_units, walk.num_pinned, walk.units != kept};
+    walks.walks[index] = {walk.num_units, walk.num_pinned, walk.units != kept.units};
   }
 }
 

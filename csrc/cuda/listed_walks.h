@@ -16,6 +16,7 @@ struct ListedWalk {
 struct ListedWalks {
   ListedWalk* walks;  // [batch * num_kv_heads]; null: built-in walks
   int32_t* kept;      // [batch * num_kv_heads, max_units]
+  int32_t* entries;   // [batch * num_kv_heads, max_units], where they were; null if nobody asks
 };
 
 // Drops what a head may not see, keeping the order, for params.walk.

@@ -5,6 +5,7 @@
 
 #include "core/item.h"
 #include "core/params.h"
+#include "core/termination.h"
 
 namespace art::cuda {
 
@@ -42,10 +43,16 @@ __device__ inline int64_t row_offset(const PagedCache& cache, int64_t page, int3
   return page * cache.page_stride + in_page * cache.token_stride + head * cache.head_stride;
 }
 
+// What is kept of an explicit walk that lists units which are not visible.
+struct KeptUnits {
+  int32_t* units;    // [max_units]
+  int32_t* entries;  // [max_units], where they were in the walk; null if nobody asks
+};
+
 // The visible units of an explicit walk. The list is used in place where nothing is dropped.
 template <int kThreads>
 __device__ Walk visible_walk(const DecodeParams& params, int64_t index, TokenRange visible,
-                             int32_t* kept) {
+                             const KeptUnits& kept) {
   const int32_t* units = params.walk + index * params.max_units;
   const int32_t listed = params.walk_lens[index];
   const int32_t len = listed < 0 ? 0 : (listed < params.max_units ? listed : params.max_units);
@@ -66,14 +73,31 @@ __device__ Walk visible_walk(const DecodeParams& params, int64_t index, TokenRan
       const int32_t i = base + static_cast<int32_t>(lane);
       const bool keep = i < len && unit_tokens(units[i], unit_size, visible).size() > 0;
       const uint32_t kept_mask = __ballot_sync(~0u, keep);
-      if (keep) kept[count + __popc(kept_mask & below)] = units[i];
+      const int32_t place = count + __popc(kept_mask & below);
+      if (keep) kept.units[place] = units[i];
+      if (keep && kept.entries != nullptr) kept.entries[place] = i;
       count += __popc(kept_mask);
       kept_pinned += __popc(__ballot_sync(~0u, keep && i < pinned));
     }
-    if (lane == 0) walk = {WalkOrder::kExplicit, 0, count, 0, kept_pinned, kept};
+    if (lane == 0) walk = {WalkOrder::kExplicit, 0, count, 0, kept_pinned, kept.units};
   }
   __syncthreads();
   return walk;
+}
+
+// The last entry that a step reads, in an explicit walk as it was given.
+__device__ inline int32_t last_entry_of(const Item& item, int32_t step, const KeptUnits& kept) {
+  const int32_t last = item.steps.positions(step).end - 1;
+  return item.walk.units == kept.units ? kept.entries[last] : last;
+}
+
+// Whether head g of the group has little enough left after an entry.
+__device__ inline bool is_head_covered(const DecodeParams& params, const Item& item, int32_t g,
+                                       int32_t entry, const SoftmaxState& read) {
+  const int32_t head = item.kv_head * params.group_size + g;
+  const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
+  const int64_t row = (int64_t{item.batch} * params.num_q_heads + head) * params.max_units;
+  return is_covered(read, sink, params.log_rest[row + entry], params.residual_limit);
 }
 
 }  // namespace art::cuda

@@ -36,9 +36,6 @@ void check_values_on_device(const DecodeArguments& args, DecodeParams params) {
 }
 
 void launch_cuda(const DecodeArguments& args, const DecodeParams& params, int64_t num_splits) {
-  ART_CHECK(!params.use_residual,
-            "decode_attention: the criterion ResidualMass runs on the CPU so far, got tensors on "
-            "a GPU");
   if (params.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
   if (is_checked(args)) check_values_on_device(args, params);

@@ -23,8 +23,10 @@ from coded import call_guided, code_arguments, with_codes  # noqa: E402
 from coded import check as check_walk  # noqa: E402
 from contract import check  # noqa: E402
 from gpu_helpers import call_split  # noqa: E402
+from rests import with_true_rest  # noqa: E402
 
 from art_torch import (  # noqa: E402
+    ResidualMass,
     append_kv,
     decode_attention,
     encode_keys,
@@ -87,12 +89,33 @@ WALKS = [
 ]  # fmt: skip
 
 
+# Where the criterion asks what a walk leaves; units are left out, or nobody may see them.
+LISTED = {"walk": "explicit", "pinned": "per_head"}
+RESTS = [
+    (Case("rest", (600, 333, 0), 8, 2, starts=(150, 20, 0), **LISTED, **D128),
+     BF16, ResidualMass(0.2), 1),
+    (Case("rest_two_blocks", (600, 333), 24, 2, sinks=True, **LISTED, **D64),
+     FP16, LOOSE | ResidualMass(0.1), 2),
+    (Case("rest_four_blocks", (900, 333), 6, 2, starts=(150, 20), **LISTED, **D256),
+     BF16, LOOSE & ResidualMass(0.3), 4),
+    (Case("rest_plain", (300, 17), 40, 2, starts=(50, 3), **LISTED),
+     FP32, LOOSE | ResidualMass(0.1), 0),
+]  # fmt: skip
+
+
 def run_calls(device: torch.device) -> None:
     for case, dtype, criterion, num_splits in CALLS:
         host, inputs = build(case, dtype, "cpu"), build(case, dtype, device)
         check(host, criterion, call_split(inputs, criterion, num_splits))
         options = {"criterion": criterion, "batch_invariant": True, "checked": False}
         check(host, criterion, inputs.call(decode_attention, **options))
+        print(f"ok {case.name}", flush=True)
+
+
+def run_rests(device: torch.device) -> None:
+    for case, dtype, criterion, num_splits in RESTS:
+        inputs = with_true_rest(build(case, dtype, device))
+        check(inputs, criterion, call_split(inputs, criterion, num_splits))
         print(f"ok {case.name}", flush=True)
 
 
@@ -182,6 +205,9 @@ def run_out_of_range(device: torch.device) -> None:
                 inputs = Inputs(tensors, {**options, **more, "checked": False})
                 for num_splits in (0, 1, 4):
                     call_split(inputs, LOOSE, num_splits)
+                    if walk == "explicit":
+                        rest = torch.zeros(*query.shape[:2], options["walk"].shape[2]).to(device)
+                        call_split(inputs, ResidualMass(0.1), num_splits, log_rest=rest)
                 torch.cuda.synchronize()
             print(f"ok {dtype} {dim} {walk}: {len(changes)} bad calls", flush=True)
     new, cache = torch.ones(4, 2, 64, device=device), torch.zeros(3, 8, 2, 64, device=device)
@@ -202,6 +228,7 @@ def main() -> None:
         run_walks_out_of_range(device)
     else:
         run_calls(device)
+        run_rests(device)
         run_appends(device)
         run_walks(device)
     if device.type == "cuda":

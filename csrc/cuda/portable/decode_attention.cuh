@@ -221,6 +221,17 @@ __device__ inline bool fold_step(const DecodeParams& params, const Item& item, i
   return stable;
 }
 
+// Whether every head has little enough left after an entry of the walk. Called by the whole thread
+// block, behind a barrier that follows the fold.
+__device__ inline bool is_group_covered(const DecodeParams& params, const Item& item, int32_t entry,
+                                        const SoftmaxState* softmax) {
+  bool covered = true;
+  for (int32_t g = threadIdx.x; g < params.group_size; g += kThreads) {
+    covered = covered && is_head_covered(params, item, g, entry, softmax[g]);
+  }
+  return __syncthreads_and(covered);
+}
+
 template <class T>
 __device__ void write_output(const DecodeParams& params, const Item& item,
                              const SoftmaxState* softmax, const float* values) {
@@ -258,12 +269,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     shared.query = shared.scores + kHeads * kTileTokens;
     shared.values = shared.query + kHeads * params.head_dim;
   }
-  const int64_t index = blockIdx.x;
+  const int64_t index = blockIdx.x, first_unit = index * params.max_units;
   TokenRange visible = visible_of(params, index);
   const int32_t pinned = num_pinned_of(params, index);
+  const KeptUnits kept = {workspace.kept_units + first_unit,
+                          params.use_residual ? workspace.kept_entries + first_unit : nullptr};
   const Walk walk = params.walk_order == WalkOrder::kExplicit
-                        ? visible_walk<kThreads>(params, index, visible,
-                                                 workspace.kept_units + index * params.max_units)
+                        ? visible_walk<kThreads>(params, index, visible, kept)
                         : built_in_walk(params.walk_order, visible, params.unit_size, pinned);
   const Item item = make_item(params, index, visible, walk);
   SoftmaxState* softmax = workspace.softmax + index * params.group_size;
@@ -291,7 +303,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (threadIdx.x == 0) tokens_read += tokens_of(params, item, step);
     stable = __syncthreads_and(stable);
-    if (compare && patience.completes(stable, params.patience)) stop_block = block;
+    const bool settled = compare && patience.completes(stable, params.patience);
+    bool covered = false;
+    if (params.use_residual && item.steps.completes_block(step)) {
+      covered = is_group_covered(params, item, last_entry_of(item, step, kept), softmax);
+    }
+    if (stops(settled, covered, params.all_agree)) stop_block = block;
   }
   write_output<T>(params, item, softmax, values);
   if (threadIdx.x == 0) {

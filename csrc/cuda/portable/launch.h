@@ -12,6 +12,7 @@ struct Workspace {
   SoftmaxState* softmax;  // [items, group_size]
   float* values;          // [items, group_size, value_dim], unnormalised
   int32_t* kept_units;    // [items, max_units], for explicit walks
+  int32_t* kept_entries;  // [items, max_units], where they were; null if nobody asks
 };
 
 cudaError_t launch_float32(const DecodeParams& params, const Workspace& workspace,

@@ -371,9 +371,19 @@ class Block {
   // The decision about the last folded step, one barrier after its moments were written. Every
   // warp sees all heads and comes to the same result.
   __device__ bool decide() {
-    if (!params_.use_stability || pending_step_ < 0) return false;
+    if (pending_step_ < 0) return false;
     const int32_t step = pending_step_;
     pending_step_ = -1;
+    const bool settled = params_.use_stability && completes_patience(step);
+    const bool covered =
+        params_.use_residual && item_.steps.completes_block(step) && is_group_covered(step);
+    if (!stops(settled, covered, params_.all_agree)) return false;
+    stop_block_ = item_.steps.block_of(step);
+    num_read_ = step + 1;
+    return true;
+  }
+
+  __device__ bool completes_patience(int32_t step) {
     const bool compare = compares(step);
     const StabilityThresholds thresholds = thresholds_of(params_, item_);
     bool stable = true;
@@ -394,10 +404,20 @@ class Block {
       stable = stable && (g >= params_.group_size || is_stable(change, thresholds));
       if (sums[0] > 1e20f || sums[0] < 1e-20f) scale_[ht] *= moment_scale(sqrtf(sums[0]));
     }
-    if (!compare || !patience_.completes(__all_sync(~0u, stable), params_.patience)) return false;
-    stop_block_ = item_.steps.block_of(step);
-    num_read_ = step + 1;
-    return true;
+    return compare && patience_.completes(__all_sync(~0u, stable), params_.patience);
+  }
+
+  // Whether every head has little enough left. The running states are still those after the step.
+  __device__ bool is_group_covered(int32_t step) const {
+    const int32_t entry = last_entry_of(item_, step, kept_units_of(params_, workspace_));
+    bool covered = true;
+#pragma unroll
+    for (int ht = 0; ht < kHeadTiles; ++ht) {
+      const int32_t g = 8 * ht + lane_ / 4;
+      if (g >= params_.group_size) continue;
+      covered = covered && is_head_covered(params_, item_, g, entry, running_[ht]);
+    }
+    return __all_sync(~0u, covered);
   }
 
   __device__ void write_output() {
@@ -515,7 +535,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   const int32_t index = blockIdx.x / workspace.crew, rank = blockIdx.x % workspace.crew;
   const TokenRange visible = visible_of(params, index);
   const int32_t pinned = num_pinned_of(params, index);
-  int32_t* kept = workspace.kept_units + int64_t{index * workspace.crew + rank} * params.max_units;
+  const KeptUnits kept = kept_units_of(params, workspace);
   const Walk walk = params.walk_order == WalkOrder::kExplicit
                         ? visible_walk<kThreads>(params, index, visible, kept)
                         : built_in_walk(params.walk_order, visible, params.unit_size, pinned);

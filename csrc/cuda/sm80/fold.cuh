@@ -26,6 +26,13 @@ __device__ inline int32_t add_acq_rel(int32_t* address, int32_t value) {
   return before;
 }
 
+// Where this thread block puts what it keeps of an explicit walk.
+__device__ inline KeptUnits kept_units_of(const DecodeParams& params, const Workspace& workspace) {
+  const int64_t first = int64_t{blockIdx.x} * params.max_units;
+  return {workspace.kept_units + first,
+          params.use_residual ? workspace.kept_entries + first : nullptr};
+}
+
 // Visible tokens of the first `num_steps` steps; counted by all threads together.
 __device__ inline void count_tokens(const DecodeParams& params, const Item& item, int32_t num_steps,
                                     int32_t* tokens_read) {
@@ -98,6 +105,7 @@ struct Wave {
 
 // Folds the logits of a wave's steps, of which lane i holds step i, and leaves the steps' weights.
 // Maxima and exponentials are formed for all steps at once; only the sums depend on each other.
+// Returns the state after the lane's own step.
 __device__ inline SoftmaxState fold_softmax(const SoftmaxState& before, const SoftmaxState& step,
                                             const float* sink, StepWeights (&weights)[32]) {
   const int lane = threadIdx.x % 32;
@@ -120,7 +128,7 @@ __device__ inline SoftmaxState fold_softmax(const SoftmaxState& before, const So
   __syncwarp();  // the weights of the head before are no longer read
   weights[lane] = {factors, increment_weights(step, after, factors, sink)};
   __syncwarp();
-  return {__shfl_sync(~0u, after.max, 31), sum};
+  return after;
 }
 
 // Steps that are loaded before the first is used: one at a time, every step would wait for the
@@ -137,11 +145,11 @@ __device__ int32_t moments_step() {
 }
 
 // Folds the first `count` steps of a wave into one head, by one warp. `moments` receives those of
-// the step moments_step().
+// the step moments_step(), `after` the state after the step with the lane's number.
 template <bool kMoments, int kDim>
 __device__ FoldedHead<kDim> fold_head(const Wave<kDim>& wave, int32_t count, int32_t g,
                                       const float* sink, StepWeights (&weights)[32],
-                                      IncrementMoments& moments) {
+                                      IncrementMoments& moments, SoftmaxState& after) {
   constexpr int kSteps = kAhead<kDim>, kBatches = 32 / kSteps;
   const int32_t lane = threadIdx.x % 32;
   const SoftmaxState own = wave.step_softmax(lane, count, g);
@@ -149,7 +157,8 @@ __device__ FoldedHead<kDim> fold_head(const Wave<kDim>& wave, int32_t count, int
   HeadSlice<kDim> steps[kSteps];
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) steps[i] = wave.step(i, count, g);
-  head.softmax = fold_softmax(head.softmax, own, sink, weights);
+  after = fold_softmax(head.softmax, own, sink, weights);
+  head.softmax = {__shfl_sync(~0u, after.max, 31), __shfl_sync(~0u, after.sum, 31)};
   for (int32_t base = 0; base < count; base += kSteps) {
     float aa[kSteps], ad[kSteps], dd[kSteps];
 #pragma unroll
@@ -199,14 +208,22 @@ __device__ uint32_t unstable_steps(const Wave<kDim>& wave, uint32_t compared, in
   return __reduce_or_sync(~0u, is_stable(output_change(moments), thresholds) ? 0 : own);
 }
 
-// The step of a wave that completes the patience, or -1.
-__device__ inline int32_t find_stop(PatienceCounter& counter, uint32_t compared, uint32_t unstable,
-                                    int32_t patience) {
+// Steps of a wave, one bit each.
+struct Verdicts {
+  uint32_t compared;  // with the output before them
+  uint32_t unstable;  // of those, for a head of the group
+  uint32_t covered;   // for every head of the group, and completing a block
+};
+
+// The step of a wave to stop after, or -1.
+__device__ inline int32_t find_stop(PatienceCounter& counter, const Verdicts& verdicts,
+                                    const DecodeParams& params) {
   int32_t stop = -1;
 #pragma unroll
   for (int32_t i = 0; i < kMaxWaveSteps; ++i) {
-    if (!(compared >> i & 1)) continue;
-    if (counter.completes(!(unstable >> i & 1), patience) && stop < 0) stop = i;
+    const bool settled = (verdicts.compared >> i & 1) &&
+                         counter.completes(!(verdicts.unstable >> i & 1), params.patience);
+    if (stop < 0 && stops(settled, verdicts.covered >> i & 1, params.all_agree)) stop = i;
   }
   return stop;
 }
@@ -217,7 +234,8 @@ template <class T, int kDim>
 __device__ bool fold_wave(const DecodeParams& params, const Workspace& workspace, const Item& item,
                           int32_t index, int32_t wave_number) {
   __shared__ StepWeights weights[kWarps][32];
-  __shared__ uint32_t unstable;  // bit i: step i of the wave is not stable for every head
+  // Bit i: step i of the wave is not stable, or not covered, for every head.
+  __shared__ uint32_t unstable, uncovered;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Wave<kDim> wave(params, workspace, item, index, wave_number);
   CrewState& state = workspace.state[index];
@@ -226,23 +244,35 @@ __device__ bool fold_wave(const DecodeParams& params, const Workspace& workspace
       params.use_stability && lane < wave.count && item.steps.block_of(wave.first + lane) > 0;
   const uint32_t compared = __ballot_sync(~0u, compares);
   const StabilityThresholds thresholds = thresholds_of(params, item);
-  if (threadIdx.x == 0) unstable = 0;
+  // What is left is known of entries of the walk: of the last one that the lane's step reads.
+  const bool can_cover =
+      params.use_residual && lane < wave.count && item.steps.completes_block(wave.first + lane);
+  const int32_t entry =
+      can_cover ? last_entry_of(item, wave.first + lane, kept_units_of(params, workspace)) : -1;
+  if (threadIdx.x == 0) unstable = 0, uncovered = 0;
   __syncthreads();
   for (int32_t g = warp; g < wave.group; g += kWarps) {
     const float* sink = sink_of(params, item, g);
     FoldedHead<kDim> head;
     IncrementMoments moments = {};
+    SoftmaxState after;
     if (compared != 0) {
-      head = fold_head<true>(wave, wave.count, g, sink, weights[warp], moments);
+      head = fold_head<true>(wave, wave.count, g, sink, weights[warp], moments, after);
       const uint32_t mask = unstable_steps(wave, compared, g, thresholds, weights[warp], moments);
       if (lane == 0) atomicOr(&unstable, mask);
     } else {
-      head = fold_head<false>(wave, wave.count, g, sink, weights[warp], moments);
+      head = fold_head<false>(wave, wave.count, g, sink, weights[warp], moments, after);
+    }
+    if (params.use_residual) {
+      const bool covered = can_cover && is_head_covered(params, item, g, entry, after);
+      const uint32_t mask = __ballot_sync(~0u, !covered);
+      if (lane == 0) atomicOr(&uncovered, mask);
     }
     head.save(wave.after_softmax + g, wave.after_values + g * kDim);
   }
   __syncthreads();
-  const int32_t stop = find_stop(counter, compared, unstable, params.patience);
+  const uint32_t covered = params.use_residual ? ~uncovered : 0;
+  const int32_t stop = find_stop(counter, {compared, unstable, covered}, params);
   const bool finished = stop >= 0 || wave.first + wave.count == item.steps.num_steps;
   if (threadIdx.x == 0) {
     state.patience = counter;
@@ -255,10 +285,11 @@ __device__ bool fold_wave(const DecodeParams& params, const Workspace& workspace
   for (int32_t g = warp; g < wave.group; g += kWarps) {
     // A stop inside the wave: its first steps are folded once more, up to there.
     IncrementMoments unused;
-    const FoldedHead<kDim> head =
-        count == wave.count
-            ? wave.after(g)
-            : fold_head<false>(wave, count, g, sink_of(params, item, g), weights[warp], unused);
+    SoftmaxState unused_state;
+    const FoldedHead<kDim> head = count == wave.count
+                                      ? wave.after(g)
+                                      : fold_head<false>(wave, count, g, sink_of(params, item, g),
+                                                         weights[warp], unused, unused_state);
     write_head<T>(params, item, g, head);
   }
   count_tokens(params, item, wave.first + count, params.tokens_read + index);

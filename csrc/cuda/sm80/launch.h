@@ -25,10 +25,11 @@ struct CrewState {
 };
 
 struct Workspace {
-  int32_t crew;        // thread blocks per item; 1: everything below but kept_units is unused
+  int32_t crew;        // thread blocks per item; 1: of what is below only kept_* is used
   int32_t wave_steps;  // steps that are folded at once, a multiple of crew
   int32_t max_waves;
   int32_t* kept_units;            // [items, crew, max_units], for explicit walks
+  int32_t* kept_entries;          // [items, crew, max_units], where they were; null if nobody asks
   CrewState* state;               // [items]
   int32_t* arrivals;              // [items, max_waves], zero before the launch
   SoftmaxState* ring_softmax;     // [items, kRingWaves * wave_steps, group_size]

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     cluster_arrive();
     cluster_wait();
   } else if (warp < kWorkers + kFolders) {
-    Folder<T, kDim, kHeadTiles> folder(params, plan, exchange, shared.exchange, item, rank,
+    Folder<T, kDim, kHeadTiles> folder(params, walks, plan, exchange, shared.exchange, item, rank,
                                        warp - kWorkers);
     if (folder.has_work()) folder.run();
     __syncwarp();
@@ -109,11 +109,11 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     if (rank < num_slices(kDim)) weigher.drain(kWorkers);
   } else {
     Judge<kDim, kHeadTiles> judge(params, plan, exchange, shared.exchange, item, rank);
-    if (params.use_stability) judge.run();
+    if (may_stop(params)) judge.run();
     __syncwarp();
     cluster_arrive();
     cluster_wait();
-    if (params.use_stability) judge.drain();
+    if (may_stop(params)) judge.drain();
   }
 #endif
 }

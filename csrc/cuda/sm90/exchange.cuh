@@ -3,8 +3,9 @@
 // The steps of an item are dealt out to the thread blocks in turn. The result of a step is cut into
 // slices of 16 channels (the rows of one tile of the second product, for all heads of the group);
 // every thread block folds its own slices of all steps, so the work of folding is shared too. Each
-// slice's part of the inner products goes to the thread block whose turn it is to judge the batch.
-// Its verdict, a bit for each step, goes to all, and each finds out where reading stops.
+// slice's part of the inner products goes to the thread block whose turn it is to judge the batch,
+// and with that of slice 0 whether a head has little left to read. Its verdict, a bit for each step
+// and rule, goes to all, and each finds out where reading stops.
 //
 // Results and moments travel as asynchronous stores that complete a barrier of the receiver. All
 // else (how far slices are folded, that the item has ended) are single words whose arrival orders
@@ -34,7 +35,8 @@ class Exchange {
   __device__ float4* states(int32_t step, int pair) const {
     return slot(step) + 8 * layout_.local * layout_.pairs + pair;
   }
-  // {aa, ad, dd, scale} of head 2 * pair + head, for step `in_batch` of the batch.
+  // {aa, ad, dd, scale} of head 2 * pair + head, for step `in_batch` of the batch. In slice 0 the
+  // scale is negative where the head has little enough left after the step.
   __device__ float4* moments(int32_t batch, int32_t slice, int head, int in_batch, int pair) const {
     const CudaExchange& sizes = layout_.sizes;
     float4* inbox = ring_ + (sizes.batch_steps() * layout_.slot_pieces() << sizes.ring_log2) +
@@ -76,10 +78,12 @@ static_assert(kMaxRingBatches == 1 << kMaxRingLog2 && kBatchSteps == 1 << kMaxBa
 constexpr int kMaxFolders = kMaxClusterBlocks * kFolders;
 constexpr int kMaxComputingWarps = 5;
 
-// The word that tells of a batch: a bit for each unstable step, below the batch's number, which
-// only has to differ from that of other batches in the ring.
-__device__ inline uint32_t verdict_on(int32_t batch, uint32_t unstable) {
-  return static_cast<uint32_t>(batch + 1) << kBatchSteps | unstable;
+// The word that tells of a batch: a bit for each step that is unstable, and above these one for
+// each that is not covered; below the batch's number, which only has to differ from that of other
+// batches in the ring.
+constexpr int kVerdictBits = 2 * kBatchSteps;
+__device__ inline uint32_t verdict_on(int32_t batch, uint32_t verdict) {
+  return static_cast<uint32_t>(batch + 1) << kVerdictBits | verdict;
 }
 
 // Batches that may wait for their verdict: as many as there is room for snapshots.

@@ -15,9 +15,11 @@ class Folder {
 
  public:
   // `warp`: of those that fold in this thread block.
-  __device__ Folder(const DecodeParams& params, const ClusterPlan& plan, const Exchange& exchange,
-                    Shared& shared, const Item& item, int32_t rank, int warp)
+  __device__ Folder(const DecodeParams& params, const ListedWalks& walks, const ClusterPlan& plan,
+                    const Exchange& exchange, Shared& shared, const Item& item, int32_t rank,
+                    int warp)
       : params_(params),
+        walks_(walks),
         plan_(plan),
         sizes_(plan.layout.sizes),
         exchange_(exchange),
@@ -31,16 +33,16 @@ class Folder {
         num_batches_(sizes_.num_batches(num_steps_)),
         first_compared_(item.steps.num_start_steps > 1 ? item.steps.num_start_steps : 1) {}
 
-  __device__ bool has_work() const { return share_.has_work(kSlices, params_.use_stability); }
+  __device__ bool has_work() const { return share_.has_work(kSlices, may_stop(params_)); }
 
-  // Folds all steps, or up to the one that completes patience.
+  // Folds all steps, or up to the one that ends the item.
   __device__ void run() {
     const int32_t sharers = 1 << plan_.sharers_log2;
     int32_t num_sent = 0;
     for (; batch_ < num_batches_ && wait_for_batch(); ++batch_) {
       if (keeps()) save();
       const int32_t count = sizes_.steps_in(batch_, num_steps_);
-      if (params_.use_stability && (batch_ & (sharers - 1)) == share_.turn) {
+      if (may_stop(params_) && (batch_ & (sharers - 1)) == share_.turn) {
         for_each_slice([&](int k, int32_t slice) { fold_and_send(k, slice, count); });
         num_sent = batch_ + 1;
       } else {
@@ -51,7 +53,7 @@ class Folder {
         send_word(remote_address(&shared_.folded[number_], lane_), batch_ + 1);
       }
     }
-    if (!params_.use_stability) return;
+    if (!may_stop(params_)) return;
     if (lane_ < plan_.blocks()) {
       send_word(remote_address(&shared_.sent_moments[number_], lane_), num_sent);
     }
@@ -103,7 +105,7 @@ class Folder {
 
  private:
   // Whether this warp goes back to the step that ends the item, if there is one, for the result.
-  __device__ bool keeps() const { return params_.use_stability && share_.turn == 0; }
+  __device__ bool keeps() const { return may_stop(params_) && share_.turn == 0; }
 
   // Batches on which the verdict is known to this thread block.
   __device__ int32_t known() const {
@@ -127,7 +129,7 @@ class Folder {
       if (last < batch_) return false;
       // What came before the end was good, whether or not this thread block has taken note of it.
       const bool has_room =
-          !params_.use_stability || last < num_batches_ || known() + sizes_.pending() > batch_;
+          !may_stop(params_) || last < num_batches_ || known() + sizes_.pending() > batch_;
       if (is_weighed && has_room) return true;
     }
   }
@@ -189,12 +191,12 @@ class Folder {
       fold_tile(ht, slice, count, values_[k][ht],
                 [&](int i, const float4& old) { before[i][lane_] = old; });
       __syncwarp();
-      send_moments(ht, slice, count);
+      send_moments(ht, k, slice, count);
       __syncwarp();
     }
   }
 
-  __device__ void send_moments(int ht, int32_t slice, int32_t count) const {
+  __device__ void send_moments(int ht, int k, int32_t slice, int32_t count) const {
     const int32_t pairs = plan_.layout.pairs;
     StepView view;
     view.pairs = pairs;
@@ -208,6 +210,10 @@ class Folder {
     view.weights = weigh(ht, column);
 
     const bool sends = row_ < count && own < pairs;
+    // What is left is on its way while the moments are summed. Slice 0 is the first of its warp.
+    const bool tells_rests = params_.use_residual && k == 0 && slice == 0 && sends;
+    float rests[2] = {NAN, NAN};
+    if (tells_rests) find_rests(own, rests);
     float sums[6], scales[2] = {1.0f, 1.0f};
     view.sum(scales, sums);
     const bool has_second = 2 * own + 1 < params_.group_size;
@@ -223,9 +229,27 @@ class Folder {
     for (int head = 0; head < 2; ++head) {
       if (view.is_halved && head != lane_ / 2 % 2) continue;
       const float* m = sums + 3 * head;
+      const bool covered = tells_rests && is_head_covered(ht, column, head, rests[head]);
       send(remote_address(exchange_.moments(batch_, slice, head, row_, own), judge),
-           make_float4(m[0], m[1], m[2], scales[head]), arrived);
+           make_float4(m[0], m[1], m[2], covered ? -scales[head] : scales[head]), arrived);
     }
+  }
+
+  __device__ void find_rests(int own, float (&rests)[2]) const {
+    const int32_t step = (batch_ << sizes_.batch_log2) + row_;
+#pragma unroll
+    for (int head = 0; head < 2; ++head) {
+      rests[head] = log_rest_after(params_, walks_, item_, step, 2 * own + head);
+    }
+  }
+
+  // Whether one head of a pair has little enough left after the lane's step.
+  __device__ bool is_head_covered(int ht, int column, int head, float log_rest) const {
+    const float4 after = table().states[ht][row_][column];
+    const SoftmaxState state =
+        head == 0 ? SoftmaxState{after.x, after.y} : SoftmaxState{after.z, after.w};
+    const int32_t g = 2 * (kLanePairs * ht + column) + head;
+    return is_covered(state, sink_of(params_, item_.kv_head, g), log_rest, params_.residual_limit);
   }
 
   // How the lane's step changes the output.
@@ -281,6 +305,7 @@ class Folder {
   }
 
   const DecodeParams& params_;
+  const ListedWalks& walks_;
   const ClusterPlan& plan_;
   const CudaExchange& sizes_;
   const Exchange& exchange_;

@@ -1,5 +1,5 @@
-// The warp of a thread block that judges batches, which of their steps changed the output little,
-// and counts patience over the verdicts of all thread blocks.
+// The warp of a thread block that judges batches, which of their steps changed the output little or
+// left little, and finds the end from the verdicts of all thread blocks.
 #pragma once
 
 #include "cuda/sm90/exchange.cuh"
@@ -64,12 +64,12 @@ class Judge {
 
  private:
   __device__ void judge() const {
-    const uint32_t unstable = unstable_steps(batch_, steps_of(batch_));
+    const uint32_t verdict = verdict_of(batch_, steps_of(batch_));
     if (lane_ == 0) expect(batch_ + plan_.blocks() * sizes_.inbox_batches());
     __syncwarp();
     if (lane_ < plan_.blocks()) {
       send_word(remote_address(&shared_.verdicts[sizes_.ring_place(batch_)], lane_),
-                verdict_on(batch_, unstable));
+                verdict_on(batch_, verdict));
     }
   }
 
@@ -77,11 +77,11 @@ class Judge {
   // slots are free as soon as it is folded.
   __device__ void take_verdict() {
     const uint32_t verdict = __shfl_sync(~0u, shared_.verdicts[sizes_.ring_place(num_known_)], 0);
-    if ((verdict ^ verdict_on(num_known_, 0)) >> kBatchSteps != 0) return;
+    if ((verdict ^ verdict_on(num_known_, 0)) >> kVerdictBits != 0) return;
     const int32_t first = num_known_ << sizes_.batch_log2, count = steps_of(num_known_);
     const int32_t first_row = first_compared_ > first ? first_compared_ - first : 0;
-    const uint32_t stable = ~verdict & ((1u << count) - 1);
-    const int32_t last = patience_.completes_among(stable, first_row, count, params_.patience);
+    const int32_t last = params_.use_residual ? find_last(~verdict, first_row, count)
+                                              : find_settled(~verdict, first_row, count);
     ++num_known_;
     // All that see the last verdict say the same.
     if (lane_ < plan_.blocks()) {
@@ -92,6 +92,22 @@ class Judge {
       }
     }
     if (last >= 0) num_known_ = num_batches_;
+  }
+
+  // The step of a batch that ends the item, or -1; by patience alone, or by both rules. `verdict`
+  // has a bit for each step that is stable, and above these one for each that is covered.
+  __device__ int32_t find_settled(uint32_t verdict, int32_t first_row, int32_t count) {
+    const uint32_t stable = verdict & ((1u << count) - 1);
+    return patience_.completes_among(stable, first_row, count, params_.patience);
+  }
+  __device__ int32_t find_last(uint32_t verdict, int32_t first_row, int32_t count) {
+    for (int32_t i = 0; i < count; ++i) {
+      const bool settled = params_.use_stability && i >= first_row &&
+                           patience_.completes(verdict >> i & 1, params_.patience);
+      const bool covered = verdict >> (kBatchSteps + i) & 1;
+      if (stops(settled, covered, params_.all_agree)) return i;
+    }
+    return -1;
   }
 
   __device__ int32_t steps_of(int32_t batch) const { return sizes_.steps_in(batch, num_steps_); }
@@ -106,19 +122,20 @@ class Judge {
     if (batch < num_batches_) moments(batch).arrive_and_expect(kSlices * bytes_of(batch));
   }
 
-  // A bit for each step of the batch that is not stable. Each lane looks at step lane / 4, and at
-  // every fourth head.
-  __device__ uint32_t unstable_steps(int32_t batch, int32_t count) const {
+  // For verdict_on(). Each lane looks at step lane / 4, and at every fourth head.
+  __device__ uint32_t verdict_of(int32_t batch, int32_t count) const {
     const int row = lane_ / 4;
-    bool stable = true;
+    bool stable = true, covered = true;
 #pragma unroll
     for (int i = 0; i < 2 * kHeadTiles; ++i) {
       const int32_t g = lane_ % 4 + 4 * i;
       if (row >= count || g >= params_.group_size) continue;
       const OutputChange change = output_change(moments_of(batch, row, g / 2, g % 2));
       stable = stable && is_stable(change, thresholds_);
+      covered = covered && exchange_.moments(batch, 0, g % 2, row, g / 2)->w < 0.0f;
     }
-    return __reduce_or_sync(~0u, stable ? 0 : 1u << row);
+    return __reduce_or_sync(~0u,
+                            (stable ? 0 : 1u << row) | (covered ? 0 : 1u << (kBatchSteps + row)));
   }
 
   // Adds up the slices in their order.
@@ -131,7 +148,7 @@ class Judge {
       sums.aa += part.x;
       sums.ad += part.y;
       sums.dd += part.z;
-      is_scaled = is_scaled || part.w != 1.0f;
+      is_scaled = is_scaled || fabsf(part.w) != 1.0f;
     }
     return is_scaled ? scaled_moments_of(batch, row, pair, column) : sums;
   }
@@ -145,13 +162,13 @@ class Judge {
     for (int slice = 0; slice < kSlices; ++slice) {
       const float4 part = *exchange_.moments(batch, slice, column, row, pair);
       // A slice of zeros has no scale.
-      if (part.x > 0.0f || part.z > 0.0f) scale = fminf(scale, part.w);
+      if (part.x > 0.0f || part.z > 0.0f) scale = fminf(scale, fabsf(part.w));
     }
     IncrementMoments sums = {};
 #pragma unroll 1
     for (int slice = 0; slice < kSlices; ++slice) {
       const float4 part = *exchange_.moments(batch, slice, column, row, pair);
-      const float ratio = scale < part.w ? scale / part.w : 1.0f;
+      const float own = fabsf(part.w), ratio = scale < own ? scale / own : 1.0f;
       sums.aa += part.x * ratio * ratio;
       sums.ad += part.y * ratio * ratio;
       sums.dd += part.z * ratio * ratio;

@@ -20,6 +20,11 @@ ART_HD int32_t tiles_per_step(const DecodeParams& params) {
   return (params.block_size + kTileTokens - 1) / kTileTokens;
 }
 
+// Whether reading may stop before the walk ends.
+ART_HD bool may_stop(const DecodeParams& params) {
+  return params.use_stability || params.use_residual;
+}
+
 // What the producing warps need: the caches as the copy engine sees them, and divisors.
 struct Maps {
   CUtensorMap key;

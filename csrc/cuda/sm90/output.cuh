@@ -1,9 +1,11 @@
-// Thresholds, sinks and results of an item.
+// Thresholds, sinks, rests and results of an item.
 #pragma once
 
 #include "core/item.h"
 #include "core/online_softmax.h"
 #include "core/termination.h"
+#include "cuda/listed_walks.h"
+#include "cuda/rows.cuh"
 
 namespace art::cuda::sm90 {
 
@@ -16,6 +18,18 @@ __device__ inline StabilityThresholds thresholds_of(const DecodeParams& params, 
 __device__ inline const float* sink_of(const DecodeParams& params, int32_t kv_head, int32_t g) {
   if (params.attn_sinks == nullptr || g >= params.group_size) return nullptr;
   return params.attn_sinks + kv_head * params.group_size + g;
+}
+
+// What a head of the group leaves after a step. NaN, which is never little enough, where the step
+// completes no block or there is no such head.
+__device__ inline float log_rest_after(const DecodeParams& params, const ListedWalks& walks,
+                                       const Item& item, int32_t step, int32_t g) {
+  if (g >= params.group_size || !item.steps.completes_block(step)) return NAN;
+  const int64_t index = int64_t{item.batch} * params.num_kv_heads + item.kv_head;
+  const int64_t first_unit = index * params.max_units;
+  const KeptUnits kept = {walks.kept + first_unit, walks.entries + first_unit};
+  const int64_t row = (index * params.group_size + g) * params.max_units;
+  return params.log_rest[row + last_entry_of(item, step, kept)];
 }
 
 // What an element of the accumulator is divided by; infinite where nothing was read, for that is

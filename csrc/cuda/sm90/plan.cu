@@ -132,6 +132,7 @@ cudaError_t run(const DecodeParams& params, const Plan& plan, Arena& arena, bool
   if (is_listed) {
     walks.walks = arena.take<ListedWalk>(items);
     walks.kept = arena.take<int32_t>(items * params.max_units);
+    if (params.use_residual) walks.entries = arena.take<int32_t>(items * params.max_units);
   }
   if (measure_only) return cudaSuccess;
 

@@ -35,9 +35,10 @@ class SoloConsumer {
   static constexpr int kConsumers = Shared::kConsumers;
 
  public:
-  __device__ SoloConsumer(const DecodeParams& params, Shared& shared, const Item& item,
-                          int32_t index)
+  __device__ SoloConsumer(const DecodeParams& params, const ListedWalks& walks, Shared& shared,
+                          const Item& item, int32_t index)
       : params_(params),
+        walks_(walks),
         shared_(shared),
         item_(item),
         index_(index),
@@ -63,8 +64,9 @@ class SoloConsumer {
       __syncwarp();
       if (lane_ == 0) shared_.fold_turn[next].arrive();
       const bool stable = compares && is_stable_step(moments);
+      const bool covered = params_.use_residual && is_covered_step(step);
       shared_.verdict_turn[warp_].wait(round);
-      if (!is_finished()) decide(step, compares, stable, tokens);
+      if (!is_finished()) decide(step, compares, stable, covered, tokens);
       __syncwarp();
       if (lane_ == 0) shared_.verdict_turn[next].arrive();
     }
@@ -192,19 +194,35 @@ class SoloConsumer {
     return __all_sync(~0u, stable);
   }
 
+  // The same for what is left. The states after the step are this warp's until its next one.
+  __device__ bool is_covered_step(int32_t step) const {
+    const int column = lane_ / 4 % 2;
+    bool covered = true;
+#pragma unroll
+    for (int ht = 0; ht < kHeadTiles; ++ht) {
+      const int32_t g = head(ht, column);
+      if (g >= params_.group_size) continue;
+      covered = covered &&
+                is_covered(after_.softmax[g], sink_of(params_, item_.kv_head, g),
+                           log_rest_after(params_, walks_, item_, step, g), params_.residual_limit);
+    }
+    return __all_sync(~0u, covered);
+  }
+
   // Only the warp whose turn it is gets here.
-  __device__ void decide(int32_t step, bool compares, bool stable, int32_t tokens) {
+  __device__ void decide(int32_t step, bool compares, bool stable, bool covered, int32_t tokens) {
     PatienceCounter patience = shared_.patience;
-    const bool stops = compares && patience.completes(stable, params_.patience);
+    const bool settled = compares && patience.completes(stable, params_.patience);
+    const bool is_last = stops(settled, covered, params_.all_agree);
     const int32_t read = shared_.tokens_read + tokens;
-    const bool ends = stops || step + 1 == item_.steps.num_steps;
+    const bool ends = is_last || step + 1 == item_.steps.num_steps;
     __syncwarp();
     if (lane_ == 0) {
       shared_.patience = patience;
       shared_.tokens_read = read;
       if (ends) shared_.is_finished = true;
     }
-    if (ends) write_result(read, stops ? item_.steps.block_of(step) : -1);
+    if (ends) write_result(read, is_last ? item_.steps.block_of(step) : -1);
   }
 
   __device__ void write_result(int32_t tokens_read, int32_t stop_block) {
@@ -235,6 +253,7 @@ class SoloConsumer {
   }
 
   const DecodeParams& params_;
+  const ListedWalks& walks_;
   Shared& shared_;
   const Item& item_;
   const int32_t index_;
@@ -295,7 +314,7 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
     shared.fold_turn[0].arrive();
     shared.verdict_turn[0].arrive();
   }
-  SoloConsumer<T, kDim, kHeadTiles>(params, shared, item, index).run();
+  SoloConsumer<T, kDim, kHeadTiles>(params, walks, shared, item, index).run();
 #endif
 }
 

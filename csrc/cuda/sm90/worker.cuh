@@ -17,11 +17,11 @@ class Worker {
         exchange_(exchange),
         shared_(shared),
         pairs_((params.group_size + 1) / 2),
-        needs_verdicts_(params.use_stability),
+        needs_verdicts_(may_stop(params)),
         lane_(threadIdx.x % 32) {
     const int32_t rank = lane_ / kFolders;
     const FolderShare folder(plan, rank, lane_ % kFolders);
-    waits_ = rank < plan.blocks() && folder.has_work(num_slices(kDim), params.use_stability);
+    waits_ = rank < plan.blocks() && folder.has_work(num_slices(kDim), may_stop(params));
   }
 
   // Until the stages end or the item does; returns the number of results that were sent.
