@@ -260,11 +260,11 @@ def test_measured_mass(tiny):
             return
         names = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "scale")
         exact = art_torch.reference.decode_attention(**{n: arguments[n] for n in names})
-        true = (result.lse.double() - exact.lse.double()).exp()
+        true = (result.lse.cpu().double() - exact.lse.double()).exp()
         tensors = {n: arguments[n] for n in names[:2] + names[3:]}
         codes = {n: arguments[n] for n in ("key_codes", "code_table", "attn_sinks")}
-        log_mass = guided_walk(**tensors, **codes).log_mass.double()
-        units = -(-result.tokens_read // 16)
+        log_mass = guided_walk(**tensors, **codes).log_mass.cpu().double()
+        units = -(-result.tokens_read.cpu() // 16)
         read = [log_mass[0, head, : units[0, head]].exp().sum() for head in range(2)]
         estimated = torch.stack(read) / log_mass[0].exp().sum(-1)
         shares.append((true.mean(), true.min(), estimated.mean()))

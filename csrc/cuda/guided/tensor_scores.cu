@@ -8,15 +8,32 @@
 namespace art::cuda::guided {
 namespace {
 
-constexpr int32_t kWarpGroups = 24;  // fewer for a warp do not make up for splitting the queries
+// Splitting the queries costs a thread block as much as about two groups. This many for a warp make
+// up for it, and leave thread blocks short beside the whole;
+constexpr int32_t kWarpGroups = 16;
+// up to so many are better than thread blocks that begin when most others have ended.
+constexpr int32_t kMostWarpGroups = 64;
 
 ART_HD int32_t num_tiles(int32_t group_size) { return (group_size + kTileHeads - 1) / kTileHeads; }
 
 // How an item is shared out. Its first thread block takes what follows the last complete group.
 struct Split {
-  int32_t blocks;  // for the groups, at most
-  int32_t fill;    // so many are used however few groups there are: they would have nothing to do
+  int32_t blocks;       // for the groups, at most
+  int32_t fill;         // so many are used however few groups there are, or some would be idle
+  int32_t warp_groups;  // more groups than these for each warp of those use more thread blocks
 };
+
+// `resident`: thread blocks that the device runs at a time. `groups`: of the longest sequence.
+Split make_split(int64_t items, int64_t groups, int64_t resident, int64_t warps) {
+  const int64_t most = std::max<int64_t>((groups + warps - 1) / warps, 1);  // a group a warp
+  const int64_t fill = std::clamp<int64_t>(resident / items, 1, most);
+  const bool fills_once = items * fill <= resident && items * fill * 8 >= resident * 7;
+  const int64_t warp_groups =
+      fills_once && groups <= fill * warps * kMostWarpGroups ? kMostWarpGroups : kWarpGroups;
+  const int64_t busy = (groups + warps * warp_groups - 1) / (warps * warp_groups);
+  return {static_cast<int32_t>(std::max(fill, busy)), static_cast<int32_t>(fill),
+          static_cast<int32_t>(warp_groups)};
+}
 
 // The groups of one warp. Which they are changes no bit: a group's result depends on it alone.
 struct WarpGroups {
@@ -26,7 +43,8 @@ struct WarpGroups {
 
   __device__ WarpGroups(const Target& target, Split split, int32_t block, int32_t warps) {
     const int32_t groups = target.num_groups();
-    int32_t used = (groups + warps * kWarpGroups - 1) / (warps * kWarpGroups);
+    const int32_t block_groups = warps * split.warp_groups;
+    int32_t used = (groups + block_groups - 1) / block_groups;
     used = used > split.fill ? used : split.fill;
     used = used < split.blocks ? used : split.blocks;
     const int32_t share = (groups + used * warps - 1) / (used * warps);
@@ -141,12 +159,8 @@ cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStrea
       &residency);
   if (error != cudaSuccess) return error;
   const int64_t items = num_items(params.attention);
-  const int64_t groups = params.max_units / kGroupUnits;
-  const int64_t most = (groups + Sizes::kWarps - 1) / Sizes::kWarps;  // a group for each warp
-  const int64_t fill =
-      std::clamp<int64_t>(residency.total() / items, 1, std::max<int64_t>(most, 1));
-  const int64_t busy = (groups + Sizes::kWarps * kWarpGroups - 1) / (Sizes::kWarps * kWarpGroups);
-  const Split split = {static_cast<int32_t>(std::max(fill, busy)), static_cast<int32_t>(fill)};
+  const Split split =
+      make_split(items, params.max_units / kGroupUnits, residency.total(), Sizes::kWarps);
   const unsigned blocks = static_cast<unsigned>(items * (split.blocks + 1));
   tensor_kernel<kSteps, kPacked>
       <<<blocks, Sizes::kThreads, shared_bytes, stream>>>(params, space, split);
