@@ -60,8 +60,9 @@ __device__ Walk visible_walk(const DecodeParams& params, int64_t index, TokenRan
   const int32_t unit_size = params.unit_size;
   __shared__ Walk walk;
   bool all_visible = true;
-  for (int32_t i = threadIdx.x; i < len; i += kThreads) {
-    all_visible = all_visible && unit_tokens(units[i], unit_size, visible).size() > 0;
+#pragma unroll 4
+  for (int32_t i = threadIdx.x; i < len; i += kThreads) {  // no load waits for the one before it
+    all_visible &= unit_tokens(units[i], unit_size, visible).size() > 0;
   }
   if (__syncthreads_and(all_visible)) {
     return {WalkOrder::kExplicit, 0, len, 0, pinned < len ? pinned : len, units};
