@@ -11,6 +11,7 @@ from typing import Any
 Row = dict[str, Any]
 Ratios = dict[str, float]
 
+GUIDED_PERCENT = (10, 15, 25)
 CASE = re.compile(r"B(\d+)_S(\d+)_.*?(_ragged)?")
 FLASHINFER = {"flashinfer_fa2": "fa2", "flashinfer_xqa": "xqa"}
 
@@ -68,6 +69,10 @@ def ratios_of(case: Case) -> Ratios:
         "fifth": case.over_proportional("art_fifth"),
         "uneven": case.over_proportional("art_uneven"),
     }
+    if flashinfer:
+        for percent in GUIDED_PERCENT:
+            if us := case.us(f"art_guided_{percent}"):
+                found[f"guided {percent} %"] = flashinfer / us
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -142,6 +147,38 @@ def always(case: Case) -> bool:
     return True
 
 
+def with_tokens(least: int, below: int, context: int) -> Callable[[Case], bool]:
+    """Batches of so many tokens, of 8 KV heads of 128, in contexts of at least ``context``."""
+
+    def where(case: Case) -> bool:
+        total = case.batch * case.tokens
+        is_usual = "/8_D128" in case.name and not case.ragged
+        return is_usual and least <= total < below and case.tokens >= context
+
+    return where
+
+
+def guided_goals() -> list[Goal]:
+    """FlashInfer's dense time over that of guided steps, by tokens in the batch."""
+    million, many = 1 << 20, 1 << 40
+    goals = [
+        (10, "from 1M tokens, contexts from 32k", with_tokens(million, many, 32768), 4.6),
+        (15, "from 1M tokens", with_tokens(million, many, 32768), 3.8),
+        (25, "from 1M tokens", with_tokens(million, many, 32768), 2.7),
+        (15, "256k tokens, contexts from 32k", with_tokens(1 << 18, million, 32768), 3.3),
+        (25, "256k tokens, contexts from 32k", with_tokens(1 << 18, million, 32768), 2.5),
+        (15, "64k tokens", with_tokens(1 << 16, 1 << 18, 0), 2.2),
+        (25, "64k tokens", with_tokens(1 << 16, 1 << 18, 0), 1.9),
+        (15, "B1 32k", alone_at(32768), 1.6),
+        (25, "B1 32k", alone_at(32768), 1.45),
+        (25, "everywhere", always, 1.0),
+    ]
+    return [
+        Goal(f"FlashInfer / guided {percent} %, {title}", f"guided {percent} %", where, limit, True)
+        for percent, title, where, limit in goals
+    ]
+
+
 GOALS = (
     Goal("dense / FlashInfer, mean", "dense / FlashInfer", from_us(0), 1.0, mean=True),
     Goal("never / FlashInfer, mean", "never / FlashInfer", from_us(0), 1.0, mean=True),
@@ -177,6 +214,7 @@ GOALS = (
     Goal("B1 128k: half / FlashInfer dense", "half / FlashInfer", alone_at(131072), 0.60),
     Goal("batch_invariant / dense", "invariant / dense", always),
     Goal("oldest_first / dense", "oldest / dense", always),
+    *guided_goals(),
     Goal("dense / cuDNN (contiguous), mean", "dense / cudnn", always, mean=True),
     Goal("dense / flash (contiguous), mean", "dense / sdpa_flash", always, mean=True),
 )
@@ -222,7 +260,10 @@ def problems(rows: list[Row]) -> list[str]:
     ]
 
 
-COLUMNS = ("case", "us", "FlashInfer", "ratio", "never", "half", "fifth", "uneven", "read", "cuDNN")
+COLUMNS = (
+    *("case", "us", "FlashInfer", "ratio", "never", "half", "fifth", "uneven", "read", "cuDNN"),
+    *(f"g{percent}" for percent in GUIDED_PERCENT),
+)
 
 
 def cells(case: Case) -> list[str]:
@@ -243,6 +284,7 @@ def cells(case: Case) -> list[str]:
         ratio("uneven", "{:.2f}"),
         ratio("of plain read", "{:.0%}"),
         ratio("dense / cudnn"),
+        *(ratio(f"guided {percent} %", "{:.2f}") for percent in GUIDED_PERCENT),
     ]
 
 
@@ -251,5 +293,6 @@ EXPLANATION = (
     "criterion; *ratio*: that over the best FlashInfer; *never*: what a criterion that never fires "
     "adds; *half*, *fifth*, *uneven*: time of a stop there over (dense x fraction of the bytes "
     "read), per-head stops for *uneven*; *read*: share of a plain read's speed; *cuDNN*: dense "
-    "over cuDNN, which reads a contiguous cache."
+    "over cuDNN, which reads a contiguous cache; *g10*, *g15*, *g25*: FlashInfer's dense time over "
+    "that of a guided step (scores, order, attention) which reads so many percent of the cache."
 )
