@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def summaries(rows: list[Row]) -> list[Row]:
     return result
 
 
-def labels(presets: dict[str, Stability]) -> Callable[[str], str]:
+def labels(presets: Mapping[str, Stability]) -> Callable[[str], str]:
     names = {
         f"guided ({rule.d_scale:g}, {rule.d_direction:g}, {rule.patience})": name
         for name, rule in presets.items()
@@ -101,7 +101,7 @@ def labels(presets: dict[str, Stability]) -> Callable[[str], str]:
     return lambda impl: f"{impl} = {names[impl]}" if impl in names else impl
 
 
-def show(rows: list[Row], presets: dict[str, Stability]) -> None:
+def show(rows: list[Row], presets: Mapping[str, Stability]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
