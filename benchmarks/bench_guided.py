@@ -181,7 +181,7 @@ def main() -> None:
     if keep:
         write(path, results, rows, guided_report.summaries(rows))
         picture = path.with_suffix(".png")
-        guided_report.draw(rows, picture)
+        guided_report.draw(rows, PRESETS, picture)
         print(f"written to {path} and {picture}")
 
 
