@@ -119,22 +119,20 @@ def walks_table(results: Results) -> str:
     return f"{head}\n\n{markdown(header, list(impls.values()))}"
 
 
-# Rules and orders of the table of bench_guided.py, beside the presets.
-BESIDE_PRESETS = {
-    "guided mass 0.2": "`guided`, `ResidualMass(0.2)`",
-    "sink_recent (0.03, 0.00045, 2)": "`sink_recent`, rule of `balanced`",
-    "oldest_first (0.03, 0.00045, 2)": "`oldest_first` (the paper's order), rule of `balanced`",
-    "oldest_first (1e-07, 0.001, 5)": "`oldest_first`, `Stability.paper()`",
-}
-
-
 def guided_labels(results: Results) -> dict[str, str]:
     """What the rows of the table are called, by their names in the file, in order."""
-    presets = {
-        f"guided ({d_scale:g}, {d_direction:g}, {patience})": f"`guided`, `{name}`"
+    rules = {
+        name: f"({d_scale:g}, {d_direction:g}, {patience})"
         for name, (d_scale, d_direction, patience) in results["presets"].items()
     }
-    return {"exact": "exact", **presets, **BESIDE_PRESETS}
+    return {
+        "exact": "exact",
+        **{f"guided {rule}": f"`guided`, `{name}`" for name, rule in rules.items()},
+        "guided mass 0.2": "`guided`, `ResidualMass(0.2)`",
+        f"sink_recent {rules['balanced']}": "`sink_recent`, rule of `balanced`",
+        f"oldest_first {rules['balanced']}": "`oldest_first` (the paper's), rule of `balanced`",
+        "oldest_first (1e-07, 0.001, 5)": "`oldest_first`, `Stability.paper()`",
+    }
 
 
 def guided_table(results: Results) -> str:
