@@ -1,14 +1,12 @@
-"""Memory and time of generation with an 8k context: DynamicCache and ARTCache, exact and stopping.
+"""Memory and time of generation with an 8k context: DynamicCache against ARTCache.
 
     python benchmarks/bench_memory.py            # minutes; writes results/memory-<device>.json
     python benchmarks/bench_memory.py --quick    # a short prompt; only prints
 
-SmolLM2-135M-Instruct in float32 and bfloat16. Each row is measured in a process of its own: the
-beginning of data/jargon_file.txt is prefilled, then tokens are generated greedily. Peak memory is
-the largest resident size; that of the process has the prefill in it, that of decoding is counted
-from the end of the prefill. `dynamic` is the unpatched model (sdpa) with a DynamicCache. The others
-are a patched model with an ARTCache: `art` reads all of it (criterion None), `art_sink_recent` and
-`art_guided` read in these orders until the rule of the preset "balanced" stops.
+SmolLM2-135M-Instruct in float32. Each cache is measured in a process of its own: a prompt is
+prefilled, then tokens are generated greedily. Peak memory is the largest resident size; that of the
+process has the prefill in it, that of decoding is counted from the end of the prefill. Both caches
+attend exactly: `dynamic` with the unpatched model (sdpa), `art` with a patched one, criterion None.
 """
 
 from __future__ import annotations
@@ -29,9 +27,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-IMPLEMENTATIONS = ("dynamic", "art", "art_sink_recent", "art_guided")
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-TEXT = Path(__file__).resolve().parent / "data" / "jargon_file.txt"
+CACHES = ("dynamic", "art")
 MIB = 1 << 20
 
 
@@ -47,25 +43,22 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def generate(name: str, dtype: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+def generate(cache_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     """Runs in the child process."""
     from transformers import DynamicCache
 
     import art_torch
 
-    model, tokenizer = load_smollm2()
-    model = model.to(DTYPES[dtype])
-    cache: Any = DynamicCache(config=model.config)
-    handle = None
-    if name != "dynamic":
-        _, _, walk = name.partition("_")
-        criterion = art_torch.PRESETS["balanced"] if walk else None
-        handle = art_torch.patch(model, criterion, walk or "sink_recent")
+    model, _ = load_smollm2()
+    cache: Any
+    if cache_name == "art":
+        art_torch.patch(model, None)
         cache = art_torch.ARTCache(model.config)
-    tokens = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
-    if tokens.shape[1] < prompt_tokens:
-        raise ValueError(f"{TEXT.name} has {tokens.shape[1]} tokens, got {prompt_tokens}")
-    tokens = tokens[:, :prompt_tokens]
+    else:
+        cache = DynamicCache(config=model.config)
+    # Memory does not depend on what the tokens say.
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1000, model.config.vocab_size, (1, prompt_tokens), generator=generator)
     for parameter in model.parameters():  # the weights are mapped: touch all of them once
         parameter.sum()
     before = resident("VmRSS")
@@ -82,13 +75,13 @@ def generate(name: str, dtype: str, prompt_tokens: int, new_tokens: int) -> dict
     peak_decode = resident("VmHWM")
     # clear_refs resets what /proc reports, not what getrusage does.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    kv_bytes = cache.bytes_in_use if cache_name == "art" else kv_bytes_of(cache)
     return {
-        "read": 1.0 if handle is None else round(handle.stats.read_fraction(), 4),
         "peak_bytes": peak,
         "peak_decode_bytes": peak_decode,
         "model_bytes": before,
         "after_prefill_bytes": after_prefill,
-        "kv_bytes": kv_bytes_of(cache) if handle is None else cache.bytes_in_use,
+        "kv_bytes": kv_bytes,
         "us": round(1e6 * median(seconds), 1),
         "us_min": round(1e6 * min(seconds), 1),
         "us_max": round(1e6 * max(seconds), 1),
@@ -100,8 +93,8 @@ def kv_bytes_of(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def in_child(name: str, dtype: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", name, "--dtypes", dtype]
+def in_child(cache_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", cache_name]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -110,7 +103,7 @@ def in_child(name: str, dtype: str, prompt_tokens: int, new_tokens: int) -> dict
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="Generation with a long context, MiB", box=SIMPLE)
-    for title in ("case", "implementation"):
+    for title in ("case", "cache"):
         table.add_column(title)
     columns = {
         "KV": "kv_bytes",
@@ -119,27 +112,26 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         "after prefill": "after_prefill_bytes",
         "peak of decoding": "peak_decode_bytes",
     }
-    for title in (*columns, "KV read", "ms a token (minimum)"):
+    for title in (*columns, "ms a token (minimum)"):
         table.add_column(title, justify="right")
     for row in rows:
         sizes = (f"{row[key] / MIB:,.0f}" for key in columns.values())
         times = f"{row['us'] / 1e3:.1f} ({row['us_min'] / 1e3:.1f})"
-        table.add_row(row["case"], row["impl"], *sizes, f"{row['read']:.1%}", times)
+        table.add_row(row["case"], row["impl"], *sizes, times)
     console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and time of generation")
+    parser = argparse.ArgumentParser(description="Memory of generation, by cache")
     parser.add_argument("--quick", action="store_true", help="short; writes no result file")
     parser.add_argument("--prompt-tokens", type=int, default=8160)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--output", type=Path, help="where to write the JSON")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--child", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CACHES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     prompt, new = arguments.prompt_tokens, arguments.new_tokens
     if arguments.child:
-        print(json.dumps(generate(arguments.child, arguments.dtypes[0], prompt, new)))
+        print(json.dumps(generate(arguments.child, prompt, new)))
         return
     if arguments.quick:
         prompt, new = 256, 4
@@ -148,13 +140,12 @@ def main() -> None:
         console = Console(width=120)
     results = describe_machine("transformers")
     rows = []
-    with progress_bar("bench_memory", len(arguments.dtypes) * len(IMPLEMENTATIONS)) as advance:
-        for dtype in arguments.dtypes:
-            case = f"B1_S{prompt + new}_{dtype}_t{results['threads']}"
-            for name in IMPLEMENTATIONS:
-                rows.append({"case": case, "impl": name, **in_child(name, dtype, prompt, new)})
-                advance(f"{dtype} {name}")
-    results.update(model="SmolLM2-135M-Instruct", rows=rows)
+    with progress_bar("bench_memory", len(CACHES)) as advance:
+        for name in CACHES:
+            case = f"B1_S{prompt + new}_f32_t{results['threads']}"
+            rows.append({"case": case, "impl": name, **in_child(name, prompt, new)})
+            advance(name)
+    results.update(model="SmolLM2-135M-Instruct, float32", rows=rows)
     show(rows, console)
     if arguments.output or not arguments.quick:
         console.print(f"written to {write_results('memory', results, arguments.output)}")

@@ -4,7 +4,7 @@
     python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
 
 A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
-``guided``, ``memory``, ``walks`` or ``gpu``, of every device with a file
+``guided``, ``memory``, ``steps``, ``walks`` or ``gpu``, of every device with a file
 ``results/NAME-<device>.json``. Only ``gpu`` may have none: then the section is empty.
 """
 
@@ -75,15 +75,8 @@ def decode_table(results: Results) -> str:
 
 
 def memory_table(results: Results) -> str:
-    names = {
-        "dynamic": "`DynamicCache`, sdpa",
-        "art": "`ARTCache`, exact",
-        "art_sink_recent": "`ARTCache`, `sink_recent`",
-        "art_guided": "`ARTCache`, `guided`",
-    }
-    header = ["case", "cache, walk", "KV MiB", "peak MiB", "peak while decoding MiB", "KV read"]
-    header += ["ms a token", "of sdpa's"]
-    sdpa = {row["case"]: row["us_min"] for row in results["rows"] if row["impl"] == "dynamic"}
+    names = {"dynamic": "`DynamicCache`, sdpa", "art": "`ARTCache`, exact"}
+    header = ["case", "cache", "KV MiB", "peak MiB", "peak while decoding MiB", "ms a token"]
     rows = [
         [
             f"`{row['case']}`",
@@ -91,13 +84,24 @@ def memory_table(results: Results) -> str:
             f"{row['kv_bytes'] / MIB:,.0f}",
             f"{row['peak_bytes'] / MIB:,.0f}",
             f"{row['peak_decode_bytes'] / MIB:,.0f}",
-            f"{row.get('read', 1):.0%}",
             f"{row['us_min'] / 1e3:.1f}",
-            f"x {row['us_min'] / sdpa[row['case']]:.2f}",
         ]
         for row in results["rows"]
     ]
     return f"{results['model']}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
+
+
+def steps_table(results: Results) -> str:
+    names = {"sdpa": "sdpa, `DynamicCache`", "exact": "exact, `ARTCache`"}
+    header = ["case", "attention", "KV read", "ms", "of sdpa's"]
+    rows = []
+    for case, impls in by_case(results["rows"]).items():
+        for name, row in impls.items():
+            cells = [f"`{case}`", names.get(name, f"`{name}`, rule of `balanced`")]
+            cells += [f"{row['read']:.1%}", f"{row['us'] / 1e3:.1f}"]
+            rows.append([*cells, f"x {row['us'] / impls['sdpa']['us']:.2f}"])
+    head = f"{results['model']}; medians of steps that took turns"
+    return f"{head}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
 
 
 def divergence(value: float) -> str:
@@ -187,6 +191,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "decode": decode_table,
     "guided": guided_table,
     "memory": memory_table,
+    "steps": steps_table,
     "walks": walks_table,
     "gpu": gpu_table,
 }

@@ -182,22 +182,20 @@ def test_bench_decode_runs(tmp_path):
             assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
 
 
-def test_bench_memory_runs(make_tables, tmp_path):
-    output = tmp_path / "memory-a-cpu.json"
-    done = run_script("bench_memory.py", "--quick", "--dtypes", "bf16", "--output", str(output))
+def test_bench_steps_runs(make_tables, tmp_path):
+    output = tmp_path / "steps-a-cpu.json"
+    done = run_script("bench_steps.py", "--quick", "--output", str(output))
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
-    names = ["dynamic", "art", "art_sink_recent", "art_guided"]
-    assert [row["impl"] for row in rows] == names
-    assert {row["case"].split("_")[2] for row in rows} == {"bf16"}
+    names = ["sdpa", "exact", "sink_recent", "guided"]
+    assert [row["impl"] for row in rows] == 2 * names
+    assert {row["case"].split("_")[2] for row in rows} == {"f32", "bf16"}
     for row in rows:
         assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
-        assert row["read"] == 1 or row["impl"] in names[2:]
-    by_name = {row["impl"]: row for row in rows}
-    assert by_name["art_guided"]["kv_bytes"] > by_name["art"]["kv_bytes"]  # codes
-    filled = make_tables.fill("<!-- table:memory -->\n<!-- /table -->\n", tmp_path)
-    assert "| `ARTCache`, `guided` |" in filled
-    assert "| x 1.00 |" in filled
+        assert (row["read"] == 1) == (row["impl"] in names[:2])
+    filled = make_tables.fill("<!-- table:steps -->\n<!-- /table -->\n", tmp_path)
+    assert filled.count("| x 1.00 |") >= 2
+    assert filled.count("| `guided`, rule of `balanced` |") == 2
 
 
 def test_guided_table(make_tables, tmp_path):
