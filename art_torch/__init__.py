@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from art_torch import reference
-from art_torch.criterion import CombinedCriterion, ResidualMass, Stability
+from art_torch.criterion import PRESETS, CombinedCriterion, ResidualMass, Stability
 from art_torch.guided import GuidedWalk, encode_keys, guided_walk, key_code_bytes
 from art_torch.ops import DecodeResult, append_kv, decode_attention
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "ARTCache",
     "CombinedCriterion",
     "DecodeResult",

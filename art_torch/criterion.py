@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -193,3 +195,15 @@ def _check_threshold(name: str, value: float | Tensor) -> None:
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     if not value >= 0:
         raise ValueError(f"{name} must not be negative or NaN, got {value}")
+
+
+# Rules for the guided walk by name, for the block size of `art_torch.patch`. They were chosen to
+# keep the mean KL divergence from exact attention near .003, .01 and .03 on three texts of 4k and
+# 8k tokens; benchmarks/bench_guided.py measures what they read and lose on other texts.
+PRESETS: Mapping[str, Stability] = MappingProxyType(
+    {
+        "quality": Stability(d_scale=0.01, d_direction=5e-5, patience=2),
+        "balanced": Stability(d_scale=0.03, d_direction=4.5e-4, patience=2),
+        "fast": Stability(d_scale=0.09, d_direction=0.00405, patience=2),
+    }
+)

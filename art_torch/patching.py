@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from art_torch.criterion import Stability
+from art_torch.criterion import PRESETS, Criterion, rules_of
 from art_torch.guided import UNIT_TOKENS
 from art_torch.ops import DecodeResult
 
@@ -30,11 +30,11 @@ WALKS = {
 
 def patch(
     model: PreTrainedModel,
-    criterion: Stability | None,
+    criterion: Criterion | str | None,
     walk: str = "sink_recent",
     *,
     skip_layers: Iterable[int] = (),
-    per_layer: Mapping[int, Stability | None] | None = None,
+    per_layer: Mapping[int, Criterion | str | None] | None = None,
     num_pinned: int | None = None,
     block_size: int = 64,
     unit_size: int = 16,
@@ -48,20 +48,29 @@ def patch(
     model alone. Use it as a context manager, or keep the handle and call ``unpatch()``::
 
         cache = art_torch.ARTCache(model.config)
-        with art_torch.patch(model, art_torch.Stability()) as handle:
+        with art_torch.patch(model, "balanced", walk="guided") as handle:
             model.generate(**inputs, past_key_values=cache)
         handle.stats.summary()
 
-    An :class:`~art_torch.ARTCache` is fastest; any other cache works too.
+    An :class:`~art_torch.ARTCache` is fastest; the guided walk needs one, the others work with any
+    cache.
+
+    ``"quality"``, ``"balanced"`` and ``"fast"`` are rules for the guided walk: those of
+    ``art_torch.PRESETS``. They were chosen to keep the mean KL divergence from exact attention near
+    .003, .01 and .03, and read about 24, 15 and 10 % of 4,096 tokens, and half of that of 8,192
+    (SmolLM2-135M on texts of many kinds, by benchmarks/bench_guided.py; the README has the table).
 
     Args:
         model: A causal language model of transformers.
-        criterion: When to stop; None for exact attention by the same operator.
+        criterion: When to stop: the name of a preset (with ``walk="guided"``), a
+            :class:`~art_torch.Stability`, a :class:`~art_torch.ResidualMass` (with
+            ``walk="guided"``), or both of them joined by ``|`` or ``&``; None for exact attention
+            by the same operator.
         walk: Order of reading: ``"sink_recent"``, ``"recent_first"``, ``"oldest_first"``, or
             ``"guided"``: from the heaviest units down, by the key codes of an ``ARTCache``, which
             it switches on. Layers with a sliding window then read all of their window.
         skip_layers: Layers that stay exact.
-        per_layer: Other criteria for some layers (None is exact).
+        per_layer: Other criteria for some layers: as ``criterion``, None is exact.
         num_pinned: Units read before anything is decided; see :func:`art_torch.decode_attention`.
         block_size: Tokens between two decisions.
         unit_size: Tokens a unit of the walk.
@@ -75,20 +84,20 @@ def patch(
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: The model cannot be patched (the message says why), or a layer or a size does
-            not fit.
+        ValueError: The model cannot be patched (the message says why), a layer or a size does not
+            fit, there is no preset of that name, or a criterion needs another walk.
         RuntimeError: The model is patched already.
         ModuleNotFoundError: transformers is not installed.
         NotImplementedError: ``walk="guided"`` for a model that is neither on the CPU nor on an
             NVIDIA GPU.
     """
-    others = dict(per_layer or {})
-    given = {"criterion": criterion, **{f"per_layer[{i}]": other for i, other in others.items()}}
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Stability):
-            raise TypeError(f"{name} must be a Stability or None, got {type(value).__name__}")
     if walk not in WALKS:
         raise ValueError(f"walk must be one of {', '.join(WALKS)}, got {walk!r}")
+    rule = _criterion_for(walk, "criterion", criterion)
+    others = {
+        layer: _criterion_for(walk, f"per_layer[{layer}]", other)
+        for layer, other in (per_layer or {}).items()
+    }
     if unit_size < 1 or block_size < unit_size or block_size % unit_size:
         raise ValueError(
             f"block_size must be a positive multiple of unit_size, got {block_size} and {unit_size}"
@@ -109,7 +118,35 @@ def patch(
     options = {"walk": walk, "block_size": block_size, "unit_size": unit_size}
     if num_pinned is not None:
         options["num_pinned"] = num_pinned
-    handle = patch_model(model, criterion, options, skip_layers, others, on_call, measure_mass)
-    if criterion is not None or any(value is not None for value in others.values()):
+    handle = patch_model(model, rule, options, skip_layers, others, on_call, measure_mass)
+    if rule is not None or any(other is not None for other in others.values()):
         logger.warning("walk %r with a stopping rule: %s", walk, WALKS[walk])
     return handle
+
+
+def _criterion_for(walk: str, name: str, value: Criterion | str | None) -> Criterion | None:
+    """Looks a preset up, and refuses what does not fit the walk."""
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise ValueError(
+                f"{name} must be one of the presets {', '.join(PRESETS)}, got {value!r}"
+            )
+        if walk != "guided":
+            raise ValueError(
+                f'{name}: preset {value!r} was chosen for walk="guided", got walk={walk!r}; pass '
+                f"art_torch.PRESETS[{value!r}] to use its rule with another walk"
+            )
+        return PRESETS[value]
+    try:
+        rules = rules_of(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a Stability, a ResidualMass, both of them joined by | or &, the name "
+            f"of a preset, or None, got {type(value).__name__}"
+        ) from None
+    if rules.residual_mass is not None and walk != "guided":
+        raise ValueError(
+            f'{name}: ResidualMass needs walk="guided", which estimates what is left to read, '
+            f"got walk={walk!r}"
+        )
+    return value

@@ -2,12 +2,14 @@
 
     python benchmarks/bench_guided.py            # an hour; writes results/guided-fidelity-*.json
     python benchmarks/bench_guided.py --quick    # one short window, few settings; only prints
+    python benchmarks/bench_guided.py --walks guided    # the package's presets and rules only
     python benchmarks/bench_guided.py --parts tuning    # the grid that the presets come from
     python benchmarks/bench_guided.py --model gemma3 --contexts 8192 16384
 
 Every row is written as soon as it is measured, and rows that the file already has are not measured
-again. The walks are made in PyTorch (walk_makers.py); the reading and the stopping are the
-operator's. Texts and their licences: data/README.md.
+again; each says of which commit it is. "guided" is the package's walk, as users get it, by the same
+operators. Orders that the package does not have are made in PyTorch (walk_makers.py); reading and
+stopping are the operator's there too. Texts and their licences: data/README.md.
 
     read     share of the visible KV tokens that decode steps read, mean over layers and KV heads
              (of Gemma: of the layers without a window). Key codes are not counted.
@@ -32,24 +34,20 @@ from common import RESULTS, describe_machine, progress_bar, slug
 from guided_measure import EXACT, FORCED, Row, Task, load_tokenizer, measure
 from guided_rules import WALKS, Setting, matching
 
+from art_torch import PRESETS, ResidualMass, Stability
+
 PARTS = ("tuning", "held_out", "needles")
 TUNING_WINDOWS = 2  # per text, at most
-# Mean KL of .003, .01 and .03 on the tuning texts at 4k and 8k (--parts tuning) ...
-TUNED = [matching(0.011, 2), matching(0.035, 2), matching(0.075, 1)]
-# ... but unseen text of 8k lost 1.3 to 1.6 times that; these round ones leave a margin.
-PRESETS = {
-    "quality": matching(0.01, 2),
-    "balanced": matching(0.03, 2),
-    "fast": matching(0.09, 2),
-}
-# What may do better: levels drawn towards the middle of their range, and the estimated mass.
+# Rules of the package that the presets do not use.
 LEVERS = (
-    Setting("guided_shrunk", matching(0.03, 2)),
-    Setting("guided_shrunk", None, 0.2),
-    Setting("guided_shrunk", None, 0.25),
-    Setting("guided_shrunk", matching(0.045, 1), 0.2),
+    Setting("guided", ResidualMass(0.2)),
+    Setting("guided", ResidualMass(0.25)),
+    Setting("guided", matching(0.045, 1) & ResidualMass(0.2)),
 )
-CURVE = tuple(PRESETS.values())
+PAPER = (
+    Setting("oldest_first", Stability.paper()),
+    Setting("oldest_first", PRESETS["balanced"]),
+)
 GRID = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.06, 0.09, 0.13)
 MODELS = {"smollm2": "SmolLM2-135M-Instruct, float32", "gemma3": "Gemma 3 270M, float32"}
 
@@ -76,20 +74,14 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     tasks = []
     if "tuning" in arguments.parts:
         tasks += windows(guided_texts.TUNING, TUNING_WINDOWS, tuning_settings())
-    guided = [Setting("guided", rule) for rule in CURVE]
+    guided = [Setting("guided", rule) for rule in PRESETS.values()]
     if "held_out" in arguments.parts:
-        curves = [
-            Setting(walk, rule)
-            for walk in arguments.walks
-            for rule in CURVE
-            if walk != "guided_shrunk"
-        ]
-        tuned = [Setting("guided", rule) for rule in TUNED]
-        settings = tuple(dict.fromkeys([*guided, *tuned, *LEVERS, *curves]))
+        curves = [Setting(walk, rule) for walk in arguments.walks for rule in PRESETS.values()]
+        settings = tuple(dict.fromkeys([*guided, *LEVERS, *PAPER, *curves]))
         tasks += windows(tuple(arguments.texts), arguments.windows, settings)
     if "needles" in arguments.parts:
         others = [Setting(walk, PRESETS["balanced"]) for walk in arguments.walks]
-        settings = tuple(dict.fromkeys([*guided, *LEVERS, *others]))
+        settings = tuple(dict.fromkeys([*guided, *LEVERS, *PAPER, *others]))
         for index in range(arguments.haystacks):
             text = guided_texts.haystack_text(index)
             for context in sorted({2048, *contexts}):
@@ -100,18 +92,14 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
 def tuning_settings() -> tuple[Setting, ...]:
     """Rules to choose the presets from, alone and with the estimated mass."""
     stable = [matching(d_scale, patience) for patience in (1, 2, 3) for d_scale in GRID]
-    shares = (0.05, 0.1, 0.2, 0.3, 0.4)
-    return (
-        *[Setting("guided", rule) for rule in stable],
-        *[Setting("guided", None, eps, corrected=True) for eps in shares],
-        *[Setting("guided", None, eps, corrected=False) for eps in shares],
-        *[
-            Setting("guided", matching(d_scale, 1), eps, join)
-            for join in ("and", "or")
-            for d_scale in (0.02, 0.045, 0.09)
-            for eps in shares[1:]
-        ],
-    )
+    masses = [ResidualMass(eps) for eps in (0.05, 0.1, 0.2, 0.3, 0.4)]
+    joined = [
+        rule
+        for d_scale in (0.02, 0.045, 0.09)
+        for mass in masses[1:]
+        for rule in (matching(d_scale, 1) & mass, matching(d_scale, 1) | mass)
+    ]
+    return tuple(Setting("guided", rule) for rule in (*stable, *masses, *joined))
 
 
 def quick_tasks() -> list[Task]:
@@ -185,7 +173,7 @@ def main() -> None:
     tasks = quick_tasks() if arguments.quick else tasks_of(arguments)
     with progress_bar("bench_guided", number_of_rows(tasks, done)) as advance:
         for row in measure(arguments.model, tasks, done, arguments.workers):
-            rows.append(row)
+            rows.append({**row, "commit": results["commit"]})
             if keep:
                 write(path, results, rows, [])
             advance(f"{row['case']} {row['text']} {row['impl']}")
@@ -193,7 +181,7 @@ def main() -> None:
     if keep:
         write(path, results, rows, guided_report.summaries(rows))
         picture = path.with_suffix(".png")
-        guided_report.draw(rows, picture)
+        guided_report.draw(rows, PRESETS, picture)
         print(f"written to {path} and {picture}")
 
 

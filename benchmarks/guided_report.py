@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,12 @@ def summaries(rows: list[Row]) -> list[Row]:
     return result
 
 
-def labels(presets: dict[str, Stability]) -> Callable[[str], str]:
-    names = {
-        f"guided ({rule.d_scale:g}, {rule.d_direction:g}, {rule.patience})": name
-        for name, rule in presets.items()
-    }
+def labels(presets: Mapping[str, Stability]) -> Callable[[str], str]:
+    names = {f"guided {_numbers(rule)}": name for name, rule in presets.items()}
     return lambda impl: f"{impl} = {names[impl]}" if impl in names else impl
 
 
-def show(rows: list[Row], presets: dict[str, Stability]) -> None:
+def show(rows: list[Row], presets: Mapping[str, Stability]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
@@ -154,8 +151,19 @@ def _needle_table(
     return table
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """KL against the share read, one line per walk and one panel per context."""
+# Orders of the picture. That by 4-bit codes is nearly that by exact keys: dashed, to see both.
+CURVES = {
+    "guided": ("guided", "o-"),
+    "codes4": ("by 4-bit codes", "s--"),
+    "oracle": ("by exact keys", "o-"),
+    "quest": ("by Quest's bounds", "o-"),
+    "sink_recent": ("sink_recent", "o-"),
+    "recent_first": ("recent_first", "o-"),
+}
+
+
+def draw(rows: list[Row], presets: Mapping[str, Stability], path: Path) -> None:
+    """KL against the share read by the presets' rules: a line per order, a panel per context."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,21 +177,26 @@ def draw(rows: list[Row], path: Path) -> None:
         1, len(cases), figsize=(5 * len(cases), 4.2), sharey=True, squeeze=False
     )
     for panel, case in zip(panels[0], cases, strict=True):
-        walks = dict.fromkeys(
-            impl.split(" ")[0] for known, impl in groups if known == case and "mass" not in impl
-        )
-        for walk in walks:
-            points = sorted(
-                (mean["read"], mean["kl"], mean["kl_low"], mean["kl_high"])
-                for (known, impl), group in groups.items()
-                if known == case and impl.split(" ")[0] == walk and "mass" not in impl
-                for mean in [summary(group)]
+        for walk, (label, style) in CURVES.items():
+            impls = {name: f"{walk} {_numbers(rule)}" for name, rule in presets.items()}
+            points = {
+                name: summary(groups[case, impl])
+                for name, impl in impls.items()
+                if (case, impl) in groups
+            }
+            read, kl, low, high = (
+                np.array([mean[key] for mean in points.values()])
+                for key in ("read", "kl", "kl_low", "kl_high")
             )
-            read, kl, low, high = np.array(points).T
-            # The order by 4-bit codes is nearly the oracle's: dashed, so that both are seen.
-            style = "s--" if walk == "codes4" else "o-"
-            (line,) = panel.plot(100 * read, kl, style, ms=4, label=walk, zorder=2 + len(style))
+            # The same colours where a file has no results for an order.
+            (line,) = panel.plot(100 * read, kl, style, ms=4, label=label, zorder=2 + len(style))
             panel.fill_between(100 * read, low, high, alpha=0.15, color=line.get_color())
+            for name, mean in points.items():
+                if walk == "guided":
+                    at = 100 * mean["read"], mean["kl"]
+                    panel.annotate(
+                        name, at, (0, 7), textcoords="offset points", fontsize=8, ha="center"
+                    )
         panel.set(yscale="log", xlabel="KV tokens read, %", xlim=(0, None))
         panel.set_title(f"{length_of(case)} tokens")
         panel.grid(alpha=0.3, which="both")
@@ -192,3 +205,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _numbers(rule: Stability) -> str:
+    return f"({rule.d_scale:g}, {rule.d_direction:g}, {rule.patience})"

@@ -13,18 +13,22 @@ from walk_makers import Maker, Walk, coded, exact_keys, guided, min_max
 
 import art_torch
 from art_torch import Stability
+from art_torch.criterion import Criterion, rules_of
 
-BLOCK = GROUP // UNIT  # units
+PACKAGE = "guided"  # the package's own codes and walk; all other orders are for comparison
 
-# Orders of the comparison. The strings are orders of the operator itself.
+# Orders of the comparison. The strings are orders of the operator itself. The presets were chosen
+# with codes2, over the whole range of the keys; those of the package stand for its middle 7/8.
 WALKS: dict[str, Maker | str] = {
-    "guided": guided("2 bits", coded(2, min_max())),
-    "guided_shrunk": guided("2 bits, shrunk", coded(2, min_max(0.8))),
+    PACKAGE: PACKAGE,
+    "codes2": guided("2 bits", coded(2, min_max())),
+    "codes2_shrunk": guided("2 bits, shrunk", coded(2, min_max(0.8))),
     "codes4": guided("4 bits", coded(4, min_max())),
     "quest": walk_makers.quest(),
     "oracle": guided("exact", exact_keys),
     "sink_recent": "sink_recent",
     "recent_first": "recent_first",
+    "oldest_first": "oldest_first",
 }
 
 
@@ -39,27 +43,22 @@ class Setting:
 
     Attributes:
         walk: Key of ``WALKS``; None for exact attention.
-        criterion: The rule on the output's changes, None for none.
-        mass: Stop when the estimated share of the softmax mass not yet read is at most this for
-            every head, None for no such rule.
-        join: With both: "and" where both must say so, "or" where one is enough.
-        corrected: Whether the mass that was read is known exactly, and only the rest estimated.
+        criterion: The rule, None for none.
     """
 
     walk: str | None = None
-    criterion: Stability | None = None
-    mass: float | None = None
-    join: str = "and"
-    corrected: bool = True
+    criterion: Criterion | None = None
 
     @property
     def rule_name(self) -> str:
+        stability, mass, all_agree = rules_of(self.criterion)
         parts = []
-        if (rule := self.criterion) is not None:
-            parts.append(f"({rule.d_scale:g}, {rule.d_direction:g}, {rule.patience})")
-        if self.mass is not None:
-            parts.append(f"mass {self.mass:g}{'' if self.corrected else ' estimated'}")
-        return f" {self.join} ".join(parts)
+        if stability is not None:
+            numbers = f"{stability.d_scale:g}, {stability.d_direction:g}, {stability.patience}"
+            parts.append(f"({numbers})")
+        if mass is not None:
+            parts.append(f"mass {mass.eps:g}")
+        return (" and " if all_agree else " or ").join(parts)
 
     @property
     def name(self) -> str:
@@ -69,24 +68,49 @@ class Setting:
 def rule_of(setting: Setting) -> Rule:
     if setting.walk is None:
         return partial(_decode, criterion=None, walk="sink_recent")
-    order = WALKS[setting.walk]
-    if isinstance(order, str):
-        return partial(_decode, criterion=setting.criterion, walk=order)
+    order, criterion = WALKS[setting.walk], setting.criterion
 
     def run(step: Step) -> tuple[Tensor, Tensor]:
+        if isinstance(order, str):
+            codes = codes_of(step) if order == PACKAGE else {}
+            return _decode(step, criterion=criterion, walk=order, **codes)
         walk = order(step)
-        if setting.mass is not None:
-            blocks = _blocks_for_mass(step, walk, setting.mass, setting.corrected)
-            walk = _with_mass_rule(walk, blocks, setting)
         return _decode(
             step,
-            criterion=setting.criterion,
+            criterion=criterion,
             walk=walk.units,
             walk_lens=walk.lens,
             num_pinned=walk.num_pinned,
+            log_rest=None if rules_of(criterion).residual_mass is None else log_rest_of(walk),
         )
 
     return run
+
+
+def codes_of(step: Step) -> dict[str, Tensor]:
+    """Key codes of all complete groups; a row looks only at those that are complete for it."""
+    num_kv_heads, tokens, head_dim = step.keys.shape
+    groups = tokens // GROUP
+    record = art_torch.key_code_bytes(head_dim)
+    key_codes = torch.zeros(groups, num_kv_heads, record, dtype=torch.uint8)
+    code_table = torch.arange(groups, dtype=torch.int32)[None]
+    art_torch.encode_keys(
+        step.keys.transpose(0, 1)[None],
+        torch.zeros(1, 1, dtype=torch.int32),
+        torch.tensor([tokens], dtype=torch.int32),
+        key_codes,
+        code_table,
+    )
+    return {"key_codes": key_codes, "code_table": code_table.expand(len(step.query), -1)}
+
+
+def log_rest_of(walk: Walk) -> Tensor:
+    """What the estimate says is left after each entry, ``[rows, num_q_heads, units]``."""
+    assert walk.log_mass is not None
+    order = walk.units.long()[:, :, None].expand_as(walk.log_mass)
+    mass = walk.log_mass.gather(-1, order).flatten(1, 2)
+    rest = mass.flip(-1).logcumsumexp(-1).flip(-1)  # the entry itself included
+    return torch.nn.functional.pad(rest[..., 1:], (0, 1), value=-torch.inf)
 
 
 def _decode(step: Step, **arguments: object) -> tuple[Tensor, Tensor]:
@@ -103,31 +127,3 @@ def _decode(step: Step, **arguments: object) -> tuple[Tensor, Tensor]:
         **arguments,  # type: ignore[arg-type]
     )
     return result.out, result.tokens_read
-
-
-def _blocks_for_mass(step: Step, walk: Walk, eps: float, corrected: bool) -> Tensor:
-    """Blocks after which at most ``eps`` of the mass is missing, ``[rows, num_kv_heads]``."""
-    assert walk.log_mass is not None
-    order = walk.units.long()[:, :, None].expand_as(walk.log_mass)
-    estimate = walk.log_mass.gather(-1, order)
-    read = walk_makers.unit_log_mass(step, step.keys).gather(-1, order) if corrected else estimate
-    largest = torch.maximum(estimate.amax(-1, True), read.amax(-1, True))
-    estimate, read = (estimate - largest).exp(), (read - largest).exp()
-    after = estimate.flip(-1).cumsum(-1).flip(-1) - estimate  # of the units behind this one
-    enough = (after <= eps * (read.cumsum(-1) + after)).all(2)
-    index = torch.arange(enough.shape[-1])
-    # Only the last unit of the pinned ones, or of a block, can be the last that is read.
-    places = (index + 1 - walk.num_pinned[..., None]) % BLOCK == 0
-    enough &= places & (index + 1 >= walk.num_pinned[..., None])
-    first = torch.where(enough, index, enough.shape[-1]).amin(-1)
-    return (first + 1 - walk.num_pinned).clamp(min=0).div(BLOCK, rounding_mode="floor").int()
-
-
-def _with_mass_rule(walk: Walk, blocks: Tensor, setting: Setting) -> Walk:
-    last = walk.num_pinned + blocks * BLOCK
-    if setting.criterion is None or setting.join == "or":
-        return Walk(walk.units, torch.minimum(walk.lens, last), walk.num_pinned)
-    # What is read before the changes begin to count makes both rules agree at the same block: the
-    # changes of the last `patience` blocks up to the one where the mass suffices count.
-    uncounted = (blocks - setting.criterion.patience).clamp(min=0) * BLOCK
-    return Walk(walk.units, walk.lens, walk.num_pinned + uncounted)

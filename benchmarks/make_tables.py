@@ -4,8 +4,8 @@
     python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
 
 A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
-``memory``, ``walks`` or ``gpu``, of every device with a file ``results/NAME-<device>.json``. Only
-``gpu`` may have none: then the section is empty.
+``guided``, ``memory``, ``steps``, ``walks`` or ``gpu``, of every device with a file
+``results/NAME-<device>.json``. Only ``gpu`` may have none: then the section is empty.
 """
 
 from __future__ import annotations
@@ -91,6 +91,19 @@ def memory_table(results: Results) -> str:
     return f"{results['model']}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
 
 
+def steps_table(results: Results) -> str:
+    names = {"sdpa": "sdpa, `DynamicCache`", "exact": "exact, `ARTCache`"}
+    header = ["case", "attention", "KV read", "ms", "of sdpa's"]
+    rows = []
+    for case, impls in by_case(results["rows"]).items():
+        for name, row in impls.items():
+            cells = [f"`{case}`", names.get(name, f"`{name}`, rule of `balanced`")]
+            cells += [f"{row['read']:.1%}", f"{row['us'] / 1e3:.1f}"]
+            rows.append([*cells, f"x {row['us'] / impls['sdpa']['us']:.2f}"])
+    head = f"{results['model']}; medians of steps that took turns"
+    return f"{head}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
+
+
 def divergence(value: float) -> str:
     """A KL divergence; rounding of float32 logits alone gives 1e-12 to 1e-10."""
     return "0" if value < 1e-9 else f"{value:.2g}"
@@ -110,6 +123,61 @@ def walks_table(results: Results) -> str:
     return f"{head}\n\n{markdown(header, list(impls.values()))}"
 
 
+def guided_labels(results: Results) -> dict[str, str]:
+    """What the rows of the table are called, by their names in the file, in order."""
+    rules = {
+        name: f"({d_scale:g}, {d_direction:g}, {patience})"
+        for name, (d_scale, d_direction, patience) in results["presets"].items()
+    }
+    return {
+        "exact": "exact",
+        **{f"guided {rule}": f"`guided`, `{name}`" for name, rule in rules.items()},
+        "guided mass 0.2": "`guided`, `ResidualMass(0.2)`",
+        f"sink_recent {rules['balanced']}": "`sink_recent`, rule of `balanced`",
+        f"oldest_first {rules['balanced']}": "`oldest_first` (the paper's), rule of `balanced`",
+        "oldest_first (1e-07, 0.001, 5)": "`oldest_first`, `Stability.paper()`",
+    }
+
+
+def guided_table(results: Results) -> str:
+    """The presets and what is shown beside them, as far as the package's walk was measured."""
+    labels = guided_labels(results)
+    texts, facts = {}, {}
+    for row in results["summary"]:
+        if row["impl"] not in labels or row.get("texts") == "tuning":
+            continue
+        kind = facts if "found" in row else texts
+        kind[row["case"].removesuffix("_needles"), row["impl"]] = row
+    if not any(impl.startswith("guided") for _, impl in texts):
+        return ""
+    cases = sorted({case for case, _ in texts}, key=lambda case: int(case[1:]))
+    header = ["walk, rule"]
+    for case in cases:
+        header += [f"{case}: read", "KL", "top-1", "found"]
+    # What the others are compared with; only its facts are in the file.
+    exact = {"read": 1.0, "kl": 0.0, "top1": 1.0}
+    rows = []
+    for impl, label in labels.items():
+        cells = [label]
+        for case in cases:
+            row = exact if impl == "exact" else texts.get((case, impl))
+            found = facts.get((case, impl))
+            cells += (
+                [f"{row['read']:.1%}", divergence(row["kl"]), f"{row['top1']:.1%}"]
+                if row
+                else 3 * ["-"]
+            )
+            cells += [f"{found['found']} of {found['of']}" if found else "-"]
+        if set(cells[1:]) != {"-"}:
+            rows.append(cells)
+    counts = [int(row["windows"]) for row in texts.values()]
+    windows = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    commits = sorted({row["commit"] for row in results["rows"] if row["impl"] in labels})
+    where = conditions(results | {"commit": ", ".join(commits)})
+    head = f"{results['model']}; {windows} windows of texts that the presets were not chosen on"
+    return f"{head}; `python benchmarks/bench_guided.py`. {where}.\n\n{markdown(header, rows)}"
+
+
 def gpu_table(results: Results) -> str:
     points = [
         [f"`{name}`", *texts] for name, *texts in map(cells, cases_of(results["rows"]).values())
@@ -121,7 +189,9 @@ def gpu_table(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "decode": decode_table,
+    "guided": guided_table,
     "memory": memory_table,
+    "steps": steps_table,
     "walks": walks_table,
     "gpu": gpu_table,
 }
@@ -149,7 +219,7 @@ def fill(text: str, results_folder: Path) -> str:
                 f"no {name}-*.json in {results_folder}: run benchmarks/bench_{name}.py"
             )
         tables = [TABLES[name](json.loads(file.read_text())) for file in files]
-        return match[1] + "\n".join(tables) + match[4]
+        return match[1] + "\n".join(table for table in tables if table) + match[4]
 
     return SECTION.sub(section, text)
 

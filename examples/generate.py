@@ -6,7 +6,7 @@ along the exact text token by token to measure how far its distributions are off
 
     python examples/generate.py                                  # SmolLM2-135M-Instruct
     python examples/generate.py --patience 2                     # reads less, forgets the fact
-    python examples/generate.py --walk guided                    # asks two-bit codes what to read
+    python examples/generate.py --walk guided --preset quality   # asks two-bit codes what to read
     python examples/generate.py --model path/or/hub-id --document my.txt --question "Who ...?"
 """
 
@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 import art_torch
-from art_torch import ARTCache, Stability
+from art_torch import PRESETS, ARTCache, Stability
 
 DATA = Path(__file__).parent / "data"
 QUESTION = "When did the Bergen Linux User's Group demonstrate carrier pigeon IP?"
@@ -69,10 +69,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--patience", type=int, default=8, help="stable blocks in a row")
     walks = ["sink_recent", "recent_first", "oldest_first", "guided"]
     add("--walk", default="sink_recent", choices=walks, help="order of reading")
+    add("--preset", choices=[*PRESETS], help="for --walk guided, instead of the three numbers")
     add("--out", type=Path, default=Path("art_demo"), help="folder for heat maps and report")
     arguments = parser.parse_args()
     if arguments.max_new_tokens < 2:
         parser.error(f"--max-new-tokens must be at least 2, got {arguments.max_new_tokens}")
+    if arguments.preset and arguments.walk != "guided":
+        parser.error(f"--preset is for --walk guided, got --walk {arguments.walk}")
     if not arguments.document.is_file():
         parser.error(f"--document: there is no file {arguments.document}")
     return arguments
@@ -246,7 +249,8 @@ def main() -> None:
     if not document or needed > room:
         raise SystemExit(f"the document needs 1 to {room} tokens of context, got {needed}")
 
-    criterion = Stability(arguments.d_scale, arguments.d_direction, arguments.patience)
+    numbers = arguments.d_scale, arguments.d_direction, arguments.patience
+    criterion = arguments.preset or Stability(*numbers)
     console.print(
         f"[bold]{name}[/], {arguments.dtype}, {describe(arguments.device)}, "
         f"a document of {ids.shape[1] + 1:,} tokens\n"

@@ -55,6 +55,36 @@ GPU = {
 }
 
 
+def guided_row(case, impl, kl):
+    row = {"texts": "held_out", "case": case, "impl": impl, "windows": 20.0}
+    return row | {"read": 0.1504, "kl": kl, "top1": 0.9611}
+
+
+BALANCED = "guided (0.03, 0.00045, 2)"
+GUIDED = {
+    "device": "A CPU",
+    "versions": {"torch": "2.13.0"},
+    "commit": "new",
+    "model": "A model",
+    "presets": {"balanced": [0.03, 0.00045, 2]},
+    "summary": [
+        guided_row("S8192", BALANCED, 0.0123),
+        guided_row("S4096", BALANCED, 0.0077),
+        guided_row("S4096", "codes2 (0.03, 0.00045, 2)", 0.5),
+        guided_row("S4096", BALANCED, 0.9) | {"texts": "tuning"},
+        guided_row("S4096", "sink_recent (0.03, 0.00045, 2)", 0.19),
+        {"case": "S4096_needles", "impl": "exact", "found": 69, "of": 69, "read": 1.0},
+        {"case": "S4096_needles", "impl": BALANCED, "found": 68, "of": 69, "read": 0.2},
+        {"case": "S2048_needles", "impl": BALANCED, "found": 68, "of": 68, "read": 0.3},
+    ],
+    "rows": [
+        {"impl": BALANCED, "commit": "new"},
+        {"impl": "sink_recent (0.03, 0.00045, 2)", "commit": "old"},
+        {"impl": "codes2 (0.03, 0.00045, 2)", "commit": "older"},
+    ],
+}
+
+
 @pytest.fixture
 def make_tables(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -105,7 +135,7 @@ def test_tables_are_filled_from_results(make_tables, results):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("<!-- table:speed -->\n<!-- /table -->", ValueError, "one of decode, memory, walks"),
+        ("<!-- table:speed -->\n<!-- /table -->", ValueError, "one of decode, guided, memory"),
         ("<!-- table:walks -->\n<!-- /table -->", FileNotFoundError, "run benchmarks/bench_walks"),
         ("<!-- table:decode -->\n", ValueError, "1 sections .* are opened and 0 are closed"),
     ],
@@ -150,6 +180,43 @@ def test_bench_decode_runs(tmp_path):
         assert 2 * rows["art_half"]["bytes"] == rows["art_dense"]["bytes"]
         for row in rows.values():
             assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
+
+
+def test_bench_steps_runs(make_tables, tmp_path):
+    output = tmp_path / "steps-a-cpu.json"
+    done = run_script("bench_steps.py", "--quick", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    names = ["sdpa", "exact", "sink_recent", "guided"]
+    assert [row["impl"] for row in rows] == 2 * names
+    assert {row["case"].split("_")[2] for row in rows} == {"f32", "bf16"}
+    for row in rows:
+        assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
+        assert (row["read"] == 1) == (row["impl"] in names[:2])
+    filled = make_tables.fill("<!-- table:steps -->\n<!-- /table -->\n", tmp_path)
+    assert filled.count("| x 1.00 |") >= 2
+    assert filled.count("| `guided`, rule of `balanced` |") == 2
+
+
+def test_guided_table(make_tables, tmp_path):
+    (tmp_path / "guided-a-cpu.json").write_text(json.dumps(GUIDED))
+    # Without the package's walk there is nothing to show.
+    only_simulated = GUIDED | {"summary": GUIDED["summary"][2:3], "rows": GUIDED["rows"][2:]}
+    (tmp_path / "guided-b-cpu.json").write_text(json.dumps(only_simulated))
+    text = "<!-- table:guided -->\nold figures\n<!-- /table -->\n"
+    head, rule, *lines = make_tables.fill(text, tmp_path).splitlines()[3:-1]
+    assert head == (
+        "| walk, rule | S4096: read | KL | top-1 | found | S8192: read | KL | top-1 | found |"
+    )
+    assert rule.count("---:") == 8
+    assert lines == [
+        "| exact | 100.0% | 0 | 100.0% | 69 of 69 | 100.0% | 0 | 100.0% | - |",
+        "| `guided`, `balanced` | 15.0% | 0.0077 | 96.1% | 68 of 69 | 15.0% | 0.012 | 96.1% | - |",
+        "| `sink_recent`, rule of `balanced` | 15.0% | 0.19 | 96.1% | - | - | - | - | - |",
+    ]
+    conditions = make_tables.guided_table(GUIDED).splitlines()[0]
+    assert "A model; 20 windows of texts" in conditions
+    assert "commit new, old." in conditions
 
 
 def test_gpu_section_may_lack_results(make_tables, results):

@@ -29,12 +29,11 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
-@pytest.mark.parametrize("walk", ["sink_recent", "guided"])
-def test_demo_prints_both_texts_and_measures_them(tmp_path, walk):
+@pytest.mark.parametrize("rule", [("--patience", "1"), ("--walk", "guided", "--preset", "fast")])
+def test_demo_prints_both_texts_and_measures_them(tmp_path, rule):
     document = tmp_path / "document.txt"
     document.write_text("\n\n".join(DOCUMENT.read_text().split("\n\n")[:6]))
-    settings = ("--document", str(document), "--max-new-tokens", "3", "--patience", "1")
-    settings += ("--walk", walk)
+    settings = ("--document", str(document), "--max-new-tokens", "3", *rule)
     done = run_demo(*settings, "--question", "Who hacked the game?", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
@@ -59,6 +58,7 @@ def test_demo_prints_both_texts_and_measures_them(tmp_path, walk):
         (("--document", "absent.txt"), "there is no file absent.txt"),
         (("--max-new-tokens", "1"), "must be at least 2, got 1"),
         (("--walk", "backwards"), "invalid choice: 'backwards'"),
+        (("--preset", "fast"), "--preset is for --walk guided, got --walk sink_recent"),
     ],
 )
 def test_demo_explains_bad_arguments(arguments, message):

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import art_torch
 from art_torch import guided_walk, ops
+from art_torch.criterion import rules_of
 from art_torch.integrations.transformers import plan
 
 RULE = art_torch.Stability(d_scale=0.3, d_direction=0.1, patience=1)
@@ -146,8 +147,10 @@ class GuidedRecorder(Recorder):
             tensors = (named[name] for name in ("query", "key_cache", "block_table", "seq_lens"))
             names = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts")
             logits = {name: named[name] for name in names if name in named}
-            walk = guided_walk(*tensors, *codes, **logits)
+            walk = guided_walk(*tensors, *codes, **logits, rest=True)
             named |= dict(zip(("walk", "walk_lens", "num_pinned"), walk[:3], strict=True))
+            if rules_of(named["criterion"]).residual_mass is not None:
+                named["log_rest"] = walk.log_rest
         super().__call__(layer, named, result)
 
 

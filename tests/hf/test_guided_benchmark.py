@@ -1,4 +1,4 @@
-"""The simulation behind bench_guided.py is what it says it is."""
+"""What bench_guided.py measures is what a patched model does, and its simulations are right."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import art_torch
+from art_torch import ResidualMass, Stability
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -57,7 +60,7 @@ def test_one_pass_is_many_steps(modules):
     exact, read = forced.force(document, tokens[470:], rules.rule_of(rules.Setting()))
     torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-5)
     assert read == 1
-    setting = rules.Setting("guided", rules.matching(0.3, 1), 0.3, "and")
+    setting = rules.Setting("codes2", rules.matching(0.3, 1) & ResidualMass(0.3))
     together, read = forced.force(document, tokens[470:], rules.rule_of(setting))
     assert 0 < read < 1
     for index, token in enumerate(tokens[470:]):
@@ -94,24 +97,64 @@ def test_walk_has_pinned_units_first_then_descending_mass(modules):
             assert mass == sorted(mass, reverse=True)
 
 
-def test_mass_rule_stops_at_the_first_block_that_suffices(modules):
-    rules = modules["guided_rules"]
+def test_log_rest_is_the_mass_of_later_units(modules):
     step = a_step(modules)
-    walk = rules.WALKS["oracle"](step)
-    blocks = rules._blocks_for_mass(step, walk, 0.2, True)
+    walk = modules["guided_rules"].WALKS["oracle"](step)
+    rest = modules["guided_rules"].log_rest_of(walk)
+    assert rest.shape == (3, 4, 25)
     for row in range(3):
         length = int(step.seq_lens[row])
-        for head in range(2):
-            logits = step.query[row, 2 * head : 2 * head + 2] @ step.keys[head, :length].T
-            shares = (logits * step.scale).softmax(-1)
-            units = walk.units[row, head].tolist()
-            missing = []
-            for block in range(5):
-                read = set(units[: 9 + 4 * block])
-                seen = [j for j in range(length) if j // 16 in read]
-                missing.append(float((1 - shares[:, seen].sum(1)).max()))
-            wanted = next((b for b, share in enumerate(missing) if share <= 0.2), 4)
-            assert blocks[row, head] == wanted
+        for head in range(4):
+            logits = step.query[row, head] @ step.keys[head // 2, :length].T * step.scale
+            units = walk.units[row, head // 2].tolist()
+            for entry in range(24):
+                later = [j for j in range(length) if j // 16 in units[entry + 1 :]]
+                expected = logits[later].logsumexp(0)
+                torch.testing.assert_close(rest[row, head, entry], expected, rtol=1e-4, atol=1e-4)
+    assert (rest[..., -1] == -torch.inf).all()
+
+
+CRITERIA = [
+    Stability(0.3, 0.1, 1),
+    ResidualMass(0.3),
+    Stability(0.3, 0.1, 1) & ResidualMass(0.2),
+    Stability(0.3, 0.1, 1) | ResidualMass(0.2),
+]
+NAMES = [
+    "guided (0.3, 0.1, 1)",
+    "guided mass 0.3",
+    "guided (0.3, 0.1, 1) and mass 0.2",
+    "guided (0.3, 0.1, 1) or mass 0.2",
+]
+
+
+@pytest.mark.parametrize(("criterion", "name"), list(zip(CRITERIA, NAMES, strict=True)), ids=NAMES)
+@torch.inference_mode()
+def test_forced_steps_are_those_of_a_patched_model(modules, criterion, name):
+    """Row by row through ``art_torch.patch`` and an ``ARTCache``, past the end of a group."""
+    rules, forcing = modules["guided_rules"], modules["forcing"]
+    setting = rules.Setting("guided", criterion)
+    assert setting.name == name
+    tokens = torch.randint(0, 97, (530,), generator=torch.Generator().manual_seed(3))
+    forced = forcing.Forcing(small_llama())
+    document = forced.prefill(tokens[:500], 576)
+    together, read = forced.force(document, tokens[500:], rules.rule_of(setting))
+    model = small_llama()
+    cache = art_torch.ARTCache(model.config)
+    with art_torch.patch(model, criterion, walk="guided") as handle:
+        model(tokens[None, :500], past_key_values=cache)
+        logits = [model(token[None, None], past_key_values=cache).logits for token in tokens[500:]]
+    torch.testing.assert_close(together, torch.cat(logits, dim=1)[0], rtol=1e-4, atol=1e-5)
+    assert 0.4 < read < 0.95
+    assert handle.stats.read_fraction() == pytest.approx(read, abs=2e-3)
+
+
+def test_presets_are_those_of_the_package(modules):
+    rules = modules["guided_rules"]
+    names = [rules.Setting("guided", rule).name for rule in art_torch.PRESETS.values()]
+    assert [modules["guided_report"].labels(art_torch.PRESETS)(name) for name in names] == [
+        f"{name} = {preset}" for name, preset in zip(names, art_torch.PRESETS, strict=True)
+    ]
 
 
 def test_facts_are_in_the_document_at_their_depths(modules):

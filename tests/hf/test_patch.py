@@ -291,9 +291,38 @@ def test_models_that_cannot_be_patched(name):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"criterion": 0.1}, TypeError, "criterion must be a Stability or None, got float"),
+        (
+            {"criterion": 0.1},
+            TypeError,
+            "criterion must be a Stability, .* the name of a preset, or None, got float",
+        ),
         ({"walk": "backwards"}, ValueError, "walk must be one of oldest_first, .* got 'backwards'"),
-        ({"per_layer": {1: 0.5}}, TypeError, r"per_layer\[1\] must be a Stability or None"),
+        ({"per_layer": {1: 0.5}}, TypeError, r"per_layer\[1\] must be a Stability, .* or None"),
+        (
+            {"criterion": "balanced"},
+            ValueError,
+            r'preset \'balanced\' was chosen for walk="guided", got walk=\'sink_recent\'; pass art',
+        ),
+        (
+            {"criterion": "best", "walk": "guided"},
+            ValueError,
+            "criterion must be one of the presets quality, balanced, fast, got 'best'",
+        ),
+        (
+            {"per_layer": {1: "best"}},
+            ValueError,
+            r"per_layer\[1\] must be one of the presets .* got 'best'",
+        ),
+        (
+            {"criterion": RULE | art_torch.ResidualMass()},
+            ValueError,
+            "criterion: ResidualMass needs walk=\"guided\", .* got walk='sink_recent'",
+        ),
+        (
+            {"per_layer": {1: art_torch.ResidualMass()}, "walk": "oldest_first"},
+            ValueError,
+            r'per_layer\[1\]: ResidualMass needs walk="guided", .* got walk=\'oldest_first\'',
+        ),
         ({"per_layer": {9: None}}, ValueError, r"per_layer must name layers 0 to 3 .* got \[9\]"),
         (
             {"per_layer": {1: None}, "skip_layers": (1,)},

@@ -22,7 +22,7 @@ from art_torch.integrations.transformers.plan import plan_dense, plan_paged
 from art_torch.mass import mass_read
 
 if TYPE_CHECKING:
-    from art_torch.criterion import Stability
+    from art_torch.criterion import Criterion
     from art_torch.stats import ReadStats
 
 __all__ = ["LayerSettings", "art_attention", "settings_of"]
@@ -51,7 +51,7 @@ class LayerSettings:
     """
 
     layer: int
-    criterion: Stability | None
+    criterion: Criterion | None
     options: dict[str, Any]
     stats: ReadStats
     eager_only: bool

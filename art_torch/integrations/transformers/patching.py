@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from art_torch.criterion import Stability
+from art_torch.criterion import Criterion
 from art_torch.guided import require_guided_device
 from art_torch.integrations.transformers.attention import (
     LayerSettings,
@@ -117,10 +117,10 @@ class _SwitchedConfig:
 
 def patch_model(
     model: PreTrainedModel,
-    criterion: Stability | None,
+    criterion: Criterion | None,
     options: dict[str, Any],
     skip_layers: Iterable[int],
-    per_layer: Mapping[int, Stability | None],
+    per_layer: Mapping[int, Criterion | None],
     on_call: OnCall | None,
     measure_mass: bool = False,
 ) -> PatchHandle:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from art_torch.criterion import rules_of
 from art_torch.guided import GROUP_TOKENS, UNIT_TOKENS
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
         _note_windows(settings)
         return plan | {"criterion": None, "walk": "sink_recent"}
     if not layer.table.static_len and layer.table.longest < _PINNED_TOKENS:
-        return plan | _ALL_PINNED
+        # Nobody estimates what is left of this walk: ResidualMass has nothing to go by, or to do.
+        return plan | _ALL_PINNED | {"criterion": rules_of(settings.criterion).stability}
     return plan | layer.guided_arguments()
 
 

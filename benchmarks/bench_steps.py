@@ -1,0 +1,134 @@
+"""Time of a decode step with an 8k context: exact by PyTorch, exact by ART, and ART that stops.
+
+    python benchmarks/bench_steps.py            # minutes; writes results/steps-<device>.json
+    python benchmarks/bench_steps.py --quick    # a short prompt; only prints
+
+SmolLM2-135M-Instruct. The beginning of data/jargon_file.txt is prefilled once per dtype, and copied
+for every implementation. Then they take turns with the same tokens, so that a change of the
+machine's speed hits all of them. `sdpa` is the unpatched model with a DynamicCache. The others are
+patched, with an ARTCache: `exact` reads all of it; `sink_recent` and `guided` read in these orders
+until the rule of the preset "balanced" stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import ROOT, describe_machine, load_smollm2, progress_bar, write_results
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache
+
+import art_torch
+from art_torch import PRESETS, ARTCache
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+TEXT = Path(__file__).resolve().parent / "data" / "jargon_file.txt"
+RULES = {
+    "exact": (None, "sink_recent"),
+    "sink_recent": (PRESETS["balanced"], "sink_recent"),
+    "guided": (PRESETS["balanced"], "guided"),
+}
+
+
+def patched(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model of its own for each rule, with the same weights, and its handle."""
+    sys.path.append(str(ROOT / "examples"))
+    from decoding import share_weights
+
+    models = {name: share_weights(model) for name in RULES}
+    handles = {
+        name: art_torch.patch(models[name], criterion, walk)
+        for name, (criterion, walk) in RULES.items()
+    }
+    return models, handles
+
+
+def measure(
+    model: Any, prompt: Tensor, following: Tensor, advance: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Rows without a case; ``prompt`` and ``following`` are int64 ``[1, n]``."""
+    models, handles = patched(model)
+    art = ARTCache(model.config)
+    models["exact"](prompt, past_key_values=art, logits_to_keep=1)
+    dynamic = DynamicCache(config=model.config)
+    for index, layer in enumerate(art.layers):
+        dynamic.update(*(tensor.clone() for tensor in layer.history()), index)
+    caches = {"sdpa": dynamic, **{name: copy.deepcopy(art) for name in RULES}}
+    models = {"sdpa": model, **models}
+    advance("prefill")
+    names, times = list(models), {name: [] for name in models}
+    for step in range(following.shape[1]):
+        token = following[:, step : step + 1]
+        for name in names[step % len(names) :] + names[: step % len(names)]:
+            start = time.perf_counter()
+            models[name](token, past_key_values=caches[name], logits_to_keep=1)
+            times[name].append(1e6 * (time.perf_counter() - start))
+        advance("steps")
+    rows = []
+    for name, samples in times.items():
+        later = samples[1:]  # the first one builds what it needs, codes for example
+        read = handles[name].stats.read_fraction() if name in handles else 1.0
+        row = {"us": median(later), "us_min": min(later), "us_max": max(later)}
+        rounded = {key: round(value, 1) for key, value in row.items()}
+        rows.append({"impl": name, **rounded, "read": round(read, 4)})
+    for handle in handles.values():
+        handle.unpatch()
+    return rows
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="A decode step", box=SIMPLE)
+    for title in ("case", "implementation"):
+        table.add_column(title)
+    for title in ("KV read", "ms, median", "minimum"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        times = (f"{row[key] / 1e3:.1f}" for key in ("us", "us_min"))
+        table.add_row(row["case"], row["impl"], f"{row['read']:.1%}", *times)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time of a decode step with a long context")
+    parser.add_argument("--quick", action="store_true", help="short; writes no result file")
+    parser.add_argument("--prompt-tokens", type=int, default=8160)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    arguments = parser.parse_args()
+    prompt, steps = arguments.prompt_tokens, arguments.steps
+    if arguments.quick:
+        prompt, steps = 512, 3
+    logging.getLogger("art_torch").setLevel(logging.ERROR)  # what a walk loses is not measured here
+    console = Console()
+    results, rows = describe_machine("transformers"), []
+    model, tokenizer = load_smollm2()
+    tokens = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    tokens = tokens[:, : prompt + steps]
+    total = len(arguments.dtypes) * (1 + steps)
+    with torch.inference_mode(), progress_bar("bench_steps", total) as advance:
+        for dtype in arguments.dtypes:
+            case = f"B1_S{tokens.shape[1]}_{dtype}_t{results['threads']}"
+            model = model.to(DTYPES[dtype])
+            measured = measure(model, tokens[:, :prompt], tokens[:, prompt:], advance)
+            rows += [{"case": case, **row} for row in measured]
+    results.update(model="SmolLM2-135M-Instruct", rows=rows)
+    show(rows, console)
+    if arguments.output or not arguments.quick:
+        console.print(f"written to {write_results('steps', results, arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()
