@@ -132,7 +132,9 @@ class Judge {
       if (row >= count || g >= params_.group_size) continue;
       const OutputChange change = output_change(moments_of(batch, row, g / 2, g % 2));
       stable = stable && is_stable(change, thresholds_);
-      covered = covered && exchange_.moments(batch, 0, g % 2, row, g / 2)->w < 0.0f;
+      if (params_.use_residual) {
+        covered = covered && exchange_.moments(batch, 0, g % 2, row, g / 2)->w < 0.0f;
+      }
     }
     return __reduce_or_sync(~0u,
                             (stable ? 0 : 1u << row) | (covered ? 0 : 1u << (kBatchSteps + row)));
