@@ -52,6 +52,7 @@ lint: $(DEV) ## Check style and types
 
 bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of README.md (an hour)
 	$(PY) benchmarks/bench_decode.py
+	$(PY) benchmarks/bench_guided_decode.py
 	$(PY) benchmarks/bench_memory.py
 	$(PY) benchmarks/bench_steps.py
 	$(PY) benchmarks/bench_walks.py

@@ -76,10 +76,16 @@ def make_tokens(case: Case, settled: range) -> tuple[Tensor, Tensor, Tensor]:
     return query, keys, values
 
 
-def make_inputs(case: Case) -> Inputs:
+def make_inputs(case: Case, settles: bool = True) -> Inputs:
+    """The tokens of a case.
+
+    Args:
+        case: Its shape.
+        settles: Whether half of the tokens have no weight, so that ``HALF`` stops at them.
+    """
     # The walk: 64 sink tokens, then from the newest backwards. What comes after its first half,
     # and the blocks that complete the patience before that, is settled.
-    settled = case.tokens // 2 + HALF.patience * 64
+    settled = case.tokens // 2 + HALF.patience * 64 if settles else 0
     query, keys, values = make_tokens(case, range(SINK_TOKENS, SINK_TOKENS + settled))
     heads, dim, page = case.num_kv_heads, case.head_dim, case.page_size
     pages_per_row = case.tokens // page

@@ -4,8 +4,8 @@
     python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
 
 A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
-``guided``, ``memory``, ``steps``, ``walks`` or ``gpu``, of every device with a file
-``results/NAME-<device>.json``. Only ``gpu`` may have none: then the section is empty.
+``guided``, ``guided_decode``, ``memory``, ``steps``, ``walks`` or ``gpu``, of every device with a
+file ``results/NAME-<device>.json``. Only ``gpu`` may have none: then the section is empty.
 """
 
 from __future__ import annotations
@@ -178,6 +178,20 @@ def guided_table(results: Results) -> str:
     return f"{head}; `python benchmarks/bench_guided.py`. {where}.\n\n{markdown(header, rows)}"
 
 
+def guided_decode_table(results: Results) -> str:
+    """Times as fast as reading everything, of guided steps and of PyTorch."""
+    names = ("art_guided_5", "art_guided_10", "art_guided_15", "art_guided_25", "sdpa_packed")
+    header = ["case", "art_dense ms", "guided_walk ms", *(name[4:] for name in names[:-1]), "sdpa"]
+    rows = []
+    for case, impls in by_case(results["rows"]).items():
+        us = {name: row["us_min"] for name, row in impls.items()}
+        dense = us["art_dense"]
+        times = [f"{us[name] / 1e3:.2f}" for name in ("art_dense", "art_guided_walk")]
+        rows.append([f"`{case}`", *times, *(f"{dense / us[name]:.2f} x" for name in names)])
+    head = "Minima of interleaved runs, caches flushed; speed-ups over art_dense"
+    return f"{head}. {conditions(results)}.\n\n{markdown(header, rows)}"
+
+
 def gpu_table(results: Results) -> str:
     points = [
         [f"`{name}`", *texts] for name, *texts in map(cells, cases_of(results["rows"]).values())
@@ -190,6 +204,7 @@ def gpu_table(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "decode": decode_table,
     "guided": guided_table,
+    "guided_decode": guided_decode_table,
     "memory": memory_table,
     "steps": steps_table,
     "walks": walks_table,

@@ -198,6 +198,21 @@ def test_bench_steps_runs(make_tables, tmp_path):
     assert filled.count("| `guided`, rule of `balanced` |") == 2
 
 
+def test_bench_guided_decode_runs(make_tables, tmp_path):
+    output = tmp_path / "guided_decode-a-cpu.json"
+    arguments = ("--quick", "--rounds", "1", "--output", str(output))
+    done = run_script("bench_guided_decode.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    cases = {}
+    for row in json.loads(output.read_text())["rows"]:
+        cases.setdefault(row["case"], []).append(row["impl"])
+        assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
+    guided = [f"art_guided_{what}" for what in ("walk", 5, 10, 15, 25)]
+    assert list(cases.values()) == 4 * [["art_dense", *guided, "sdpa_packed"]]
+    filled = make_tables.fill("<!-- table:guided_decode -->\n<!-- /table -->\n", tmp_path)
+    assert filled.count("| `B") == 4
+
+
 def test_guided_table(make_tables, tmp_path):
     (tmp_path / "guided-a-cpu.json").write_text(json.dumps(GUIDED))
     # Without the package's walk there is nothing to show.

@@ -26,6 +26,7 @@ from tiny_models import prompt as prompt_on_cpu
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import art_torch
+from art_torch.integrations.transformers import plan
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -252,6 +253,19 @@ class GuidedRecorder(Recorder):
         super().__call__(layer, named, result)
 
 
+def test_guiding_begins_where_it_pays(tiny_on_gpu):
+    """The GPU says from how many bytes on, and 500 tokens of a tiny model are far below."""
+    model = tiny_on_gpu("llama")
+    multiprocessors = torch.cuda.get_device_properties(GPU).multi_processor_count
+    assert plan.least_guided_bytes(GPU) == 1_000_000 * multiprocessors
+    for always in (False, True):
+        cache = art_torch.ARTCache(model.config)
+        options = {"block_size": 16, "exact_where_faster": not always}
+        with art_torch.patch(model, test_guided.RULE, walk="guided", **options) as handle:
+            generate(model, prompt(1, 500), cache)
+        assert (handle.stats.read_fraction() < 1.0) == always
+
+
 @pytest.mark.parametrize("page_size", [16, 256])
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_guided_calls_agree_with_the_reference(name, page_size, tiny_on_gpu):
@@ -259,7 +273,8 @@ def test_guided_calls_agree_with_the_reference(name, page_size, tiny_on_gpu):
     ids, mask = left_padded(2, 500)
     cache = art_torch.ARTCache(model.config, page_size)
     rule = test_guided.RULE
-    with art_torch.patch(model, rule, walk="guided", on_call=recorder, block_size=16) as handle:
+    options = {"on_call": recorder, "block_size": 16, "exact_where_faster": False}
+    with art_torch.patch(model, rule, walk="guided", **options) as handle:
         generate(model, ids, cache, attention_mask=mask, max_new_tokens=6)
     assert len(recorder.calls) == 5 * LAYERS
     assert handle.stats.exact_fallbacks == 0
@@ -348,6 +363,7 @@ def test_a_decode_step_in_a_cuda_graph(name, walk, tiny_on_gpu):
     """On a preallocated cache a step waits for nothing, so it can be recorded and replayed."""
     model, tokens = tiny_on_gpu(name), prompt(2, 12, seed=3)
     sizes = {"block_size": 16} if walk == "guided" else SIZES
+    sizes |= {"exact_where_faster": False}
     with art_torch.patch(model, CRITERION, walk=walk, **sizes) as handle:
 
         def filled():

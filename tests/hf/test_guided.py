@@ -15,14 +15,15 @@ from transformers import DynamicCache
 import art_torch
 from art_torch import guided_walk, ops
 from art_torch.criterion import rules_of
-from art_torch.integrations.transformers import plan
+from art_torch.integrations.transformers import patching, plan
 
 RULE = art_torch.Stability(d_scale=0.3, d_direction=0.1, patience=1)
 FULL_ATTENTION = ["llama", "qwen3", "phi3"]
 
 
-def guided(model, criterion=None, **kwargs):
-    return art_torch.patch(model, criterion, walk="guided", **kwargs)
+def guided(model, criterion=None, exact_where_faster=False, **kwargs):
+    options = kwargs | {"exact_where_faster": exact_where_faster}
+    return art_torch.patch(model, criterion, walk="guided", **options)
 
 
 def full_layers(model) -> list[int]:
@@ -235,6 +236,39 @@ def test_short_rows_skip_the_codes(tiny, monkeypatch):
     guided_all, count = run(191)
     assert count == LAYERS
     assert torch.equal(short, guided_all)
+
+
+def test_exact_where_that_is_faster(tiny, monkeypatch, caplog):
+    """On a device that gains from some amount of keys and values on, which it is told."""
+    caplog.set_level(logging.WARNING, logger="art_torch")
+    model, walks = tiny("llama"), []
+    token_bytes = 2 * model.config.num_key_value_heads * model.config.head_dim * 4
+    monkeypatch.setattr(patching, "least_guided_bytes", lambda device: 402 * 2 * token_bytes)
+
+    def run(**options):
+        walks.clear()
+        cache = art_torch.ARTCache(model.config)
+
+        def on_call(layer, arguments, _):
+            if layer == 0:
+                walks.append((arguments["walk"], arguments["criterion"]))
+
+        with guided(model, RULE, on_call=on_call, block_size=16, **options) as handle:
+            generate(model, prompt(2, 400), cache, max_new_tokens=5)
+        return handle.stats.fractions()
+
+    assert (run(exact_where_faster=True) < 1.0).any()
+    exact = ("sink_recent", None)
+    assert walks == [exact, ("guided", RULE), ("guided", RULE), ("guided", RULE)]
+    texts = [record.getMessage() for record in caplog.records if "is faster" in record.message]
+    assert len(texts) == 1
+    assert "less than 0 MB" in texts[0]
+    run()
+    assert walks == 4 * [("guided", RULE)]
+
+
+def test_a_cpu_always_guides():
+    assert plan.least_guided_bytes(torch.device("cpu")) == 0
 
 
 def test_exact_layers_take_no_codes(tiny):

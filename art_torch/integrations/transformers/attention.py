@@ -47,6 +47,7 @@ class LayerSettings:
             layers of a model.
         on_call: Called after each call of the operator with (layer, arguments, result).
         measure_mass: Whether the softmax mass that each call reads is measured.
+        least_guided_bytes: Keys and values below which a layer is not guided.
         single_pages: int32 ``[batch, 1]``, the page table of a dense cache.
     """
 
@@ -58,6 +59,7 @@ class LayerSettings:
     noted: set[str]
     on_call: Callable[[int, dict[str, Any], ops.DecodeResult], None] | None = None
     measure_mass: bool = False
+    least_guided_bytes: int = 0
     single_pages: Tensor | None = None
 
     @property

@@ -22,6 +22,7 @@ from art_torch.integrations.transformers.attention import (
     settings_of,
 )
 from art_torch.integrations.transformers.masks import art_mask
+from art_torch.integrations.transformers.plan import least_guided_bytes
 from art_torch.ops import DecodeResult
 from art_torch.stats import ReadStats
 
@@ -123,6 +124,7 @@ def patch_model(
     per_layer: Mapping[int, Criterion | None],
     on_call: OnCall | None,
     measure_mass: bool = False,
+    exact_where_faster: bool = True,
 ) -> PatchHandle:
     """Patches a model; :func:`art_torch.patch` documents the arguments."""
     if not isinstance(model, PreTrainedModel):
@@ -145,6 +147,7 @@ def patch_model(
     # A layer that was named to be exact needs no codes: it reads everything in any order.
     unguided = dict(options, walk="sink_recent") if options["walk"] == "guided" else options
     exact = skipped | {layer for layer, other in overrides.items() if other is None}
+    least_bytes = least_guided_bytes(model.device) if exact_where_faster else 0
     stats, noted = ReadStats(), set[str]()
     settings = {}
     for module in modules:
@@ -158,6 +161,7 @@ def patch_model(
             noted=noted,
             on_call=on_call,
             measure_mass=measure_mass,
+            least_guided_bytes=least_bytes,
         )
     AttentionInterface.register("art", art_attention)
     AttentionMaskInterface.register("art", art_mask)

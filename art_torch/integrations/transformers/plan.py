@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
     from art_torch.integrations.transformers.layer import ARTLayer
 
-__all__ = ["plan_dense", "plan_paged"]
+__all__ = ["least_guided_bytes", "plan_dense", "plan_paged"]
 
 logger = logging.getLogger("art_torch")
 
@@ -25,6 +25,22 @@ _ALL_PINNED = {"walk": "oldest_first", "num_pinned": _PINNED_TOKENS // UNIT_TOKE
 
 # A window is small, and loses the start of its groups: codes for it do not pay.
 _WINDOW_NOTE = "walk 'guided': layers with a sliding window read all of their window"
+
+# Where scores, order and their launches take as long as what they save: with less to read than this
+# for each multiprocessor of an H100 (`make gpu-bench`: a guided step that reads 15 to 25 %).
+_GUIDED_BYTES_PER_MULTIPROCESSOR = 1_000_000
+_EXACT_NOTE = (
+    "walk 'guided': layers are exact while they have less than %.0f MB of keys and values, where "
+    "reading everything is faster on this GPU; exact_where_faster=False guides always"
+)
+
+
+def least_guided_bytes(device: torch.device) -> int:
+    """Keys and values of a layer from which on the guided walk is faster than reading them all."""
+    if device.type != "cuda":  # scores cost a tenth of what they may save, at any length
+        return 0
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _GUIDED_BYTES_PER_MULTIPROCESSOR * multiprocessors
 
 
 def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
@@ -41,7 +57,10 @@ def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
     if not settings.guided:
         return plan
     if layer.is_sliding:
-        _note_windows(settings)
+        _note_once(settings, _WINDOW_NOTE)
+        return plan | {"criterion": None, "walk": "sink_recent"}
+    if _kv_bytes(layer) < settings.least_guided_bytes:
+        _note_once(settings, _EXACT_NOTE % (settings.least_guided_bytes / 1e6))
         return plan | {"criterion": None, "walk": "sink_recent"}
     if not layer.table.static_len and layer.table.longest < _PINNED_TOKENS:
         # Nobody estimates what is left of this walk: ResidualMass has nothing to go by, or to do.
@@ -64,8 +83,16 @@ def plan_dense(settings: LayerSettings) -> dict[str, Any]:
     return dict(settings.options, criterion=settings.criterion)
 
 
-def _note_windows(settings: LayerSettings) -> None:
-    if torch.compiler.is_compiling() or _WINDOW_NOTE in settings.noted:
+def _kv_bytes(layer: ARTLayer) -> int:
+    """Bytes of the keys and values that a step may read, by what the host knows."""
+    table, storage = layer.table, layer.storage
+    assert storage is not None  # the new tokens are in it
+    tokens = table.batch * (table.static_len or table.longest)
+    return tokens * storage.page_bytes // storage.page_size
+
+
+def _note_once(settings: LayerSettings, note: str) -> None:
+    if torch.compiler.is_compiling() or note in settings.noted:
         return
-    settings.noted.add(_WINDOW_NOTE)
-    logger.warning(_WINDOW_NOTE)
+    settings.noted.add(note)
+    logger.warning(note)
