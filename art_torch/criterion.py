@@ -199,7 +199,8 @@ def _check_threshold(name: str, value: float | Tensor) -> None:
 
 # Rules for the guided walk by name, for the block size of `art_torch.patch`. They were chosen to
 # keep the mean KL divergence from exact attention near .003, .01 and .03 on three texts of 4k and
-# 8k tokens; benchmarks/bench_guided.py measures what they read and lose on other texts.
+# 8k tokens, with codes over the whole range of the keys (`codes2` of benchmarks/guided_rules.py);
+# benchmarks/bench_guided.py measures what they read and lose on other texts as the package is now.
 PRESETS: Mapping[str, Stability] = MappingProxyType(
     {
         "quality": Stability(d_scale=0.01, d_direction=5e-5, patience=2),

@@ -72,6 +72,9 @@ def key_code_bytes(head_dim: int) -> int:
 
     A pool of records is ``torch.zeros(num_code_pages, num_kv_heads, key_code_bytes(head_dim),
     dtype=torch.uint8)``.
+
+    Raises:
+        ValueError: ``head_dim`` is no multiple of 8 from 32 to 256.
     """
     if head_dim % 8 or not 32 <= head_dim <= 256:
         raise ValueError(

@@ -68,6 +68,8 @@ def mass_read(arguments: dict[str, Any], result: DecodeResult) -> tuple[Tensor, 
         token count as read.
     """
     everything = dict(arguments, criterion=None, walk="oldest_first", num_pinned=None)
+    for name in ("key_codes", "code_table"):
+        everything.pop(name, None)
     total = decode_attention(**everything).lse
     true = (result.lse - total).exp().masked_fill(total == -torch.inf, 1.0)
     if not (isinstance(arguments["walk"], str) and arguments["walk"] == "guided"):

@@ -111,7 +111,7 @@ def decode_attention(
         sliding_window: Visible tokens, the query's own included; None for all.
         alibi_slopes: ``[num_q_heads]``; adds ``slope * (position - last position)``.
         seq_starts: ``[batch]`` int32, first visible token (left padding).
-        key_codes: Codes of the keys for the guided walk, see :func:`encode_keys`.
+        key_codes: Codes of the keys, for the guided walk only, see :func:`encode_keys`.
         code_table: Where the codes of each 64 tokens are, see :func:`encode_keys`.
         log_rest: ``[batch, num_q_heads, max_units]``, for ``ResidualMass`` with an explicit
             ``walk``: natural logarithm of the sum of exponentials, as in ``lse``, over all that the
@@ -152,6 +152,12 @@ def decode_attention(
             sliding_window=sliding_window, checked=checked, rest=rest,
         )  # fmt: skip
         log_rest = log_rest if rest else None
+    elif key_codes is not None or code_table is not None:
+        got = repr(walk) if isinstance(walk, str) else type(walk).__name__
+        raise ValueError(
+            "decode_attention: key_codes and code_table must only be given with "
+            f'walk="guided", got walk={got}'
+        )
     arguments = dict(
         **logits,
         sliding_window=window_argument("decode_attention", sliding_window),

@@ -3,7 +3,7 @@
     python benchmarks/bench_guided.py            # an hour; writes results/guided-fidelity-*.json
     python benchmarks/bench_guided.py --quick    # one short window, few settings; only prints
     python benchmarks/bench_guided.py --walks guided    # the package's presets and rules only
-    python benchmarks/bench_guided.py --parts tuning    # the grid that the presets come from
+    python benchmarks/bench_guided.py --parts tuning    # a grid of rules to choose presets from
     python benchmarks/bench_guided.py --model gemma3 --contexts 8192 16384
 
 Every row is written as soon as it is measured, and rows that the file already has are not measured

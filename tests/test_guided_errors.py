@@ -178,8 +178,11 @@ def test_decode_attention_with_a_guided_walk():
         attend(walk_lens=int32([1, 1], [1, 1]))
     with pytest.raises(ValueError, match="log_rest must not be given"):
         attend(log_rest=torch.zeros(BATCH, HQ, 12), criterion=ResidualMass())
+    for walk in ("oldest_first", torch.zeros(BATCH, HKV, 1, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r'only be given with walk="guided", got walk='):
+            attend(walk=walk)
     with pytest.raises(ValueError, match=r'ResidualMass.*walk="guided"'):
-        attend(walk="oldest_first", criterion=ResidualMass())
+        attend(walk="oldest_first", criterion=ResidualMass(), key_codes=None, code_table=None)
     assert attend(criterion=ResidualMass()).stop_block.min() >= 0
     with pytest.raises(ValueError, match="guided_walk: key_codes must have shape"):
         attend(**pool(7, HKV, 64))
