@@ -133,8 +133,8 @@ struct PatienceCounter {
 inline float residual_limit(double eps) { return static_cast<float>(std::log(eps / (1.0 - eps))); }
 
 // Whether a head has so much of its softmax mass that it needs no more. A block is covered when
-// every query head of the group is. NaN is never covered, and neither are 0 or
-// infinity of as much.
+// every query head of the group is. A difference that is NaN never is: of NaN itself, of nothing
+// left where nothing was read, or of two infinities.
 ART_HD bool is_covered(const SoftmaxState& read, const float* sink_logit, float log_rest,
                        float limit) {
   return log_rest - log_denominator(read, sink_logit) <= limit;

@@ -1,6 +1,7 @@
 // Which groups are complete only the device knows. In most decode steps there are none, in a
-// prefill thousands: every thread block of a grid that just fills the GPU counts them all, and the
-// blocks take them in turn, whichever sequence they belong to.
+// prefill thousands: every thread block of a grid that just fills the GPU counts those of its list
+// of items (there is one list up to 1024), and the blocks of a list take them in turn, whichever
+// sequence they belong to.
 #include "cuda/encode_keys.h"
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Which rows of the cache a thread block reads, and in which order: shared by all kernels.
+// Which rows of the cache a thread block reads, in which order, and what is left after them: shared
+// by all kernels.
 #pragma once
 
 #include <cstdint>

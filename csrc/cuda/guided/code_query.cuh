@@ -38,9 +38,9 @@ struct alignas(16) PlaceWords {
   uint32_t at[kPlaces];
 };
 
-// The two parts of one pair of steps. Up to kPackedHeads heads share one instruction: their first
-// parts are columns 0 to 3 and their second parts columns 4 to 7, where `high` is 0 and all that
-// columns 0 to 3 have is in `low`. So the same instructions scale either.
+// The two parts of one pair of steps. Up to kPackedHeads heads share one instruction. Columns 0 to
+// 3 are their first parts, in `low`, with `high` 0. Columns 4 to 7 are the second parts in `low`,
+// with the first in `high`, for the error of its product. So the same instructions scale either.
 struct QueryPair {
   PlaceWords high[32];
   PlaceWords low[32];

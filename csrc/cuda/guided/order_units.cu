@@ -1,7 +1,7 @@
 // From the log-sum-exp of units to the walk: one thread block for each (sequence, KV head). All of
 // it is done in integers, so neither the number of threads nor their order changes a bit.
-#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/guided/units.cuh"
 #include "cuda/guided/workspace.h"

@@ -23,7 +23,8 @@ struct Split {
   int32_t warp_groups;  // more groups than these for each warp of those use more thread blocks
 };
 
-// `resident`: thread blocks that the device runs at a time. `groups`: of the longest sequence.
+// `resident`: thread blocks that the device runs at a time. `groups`: that the block
+// table has room for. Thread blocks for tails are not counted.
 Split make_split(int64_t items, int64_t groups, int64_t resident, int64_t warps) {
   const int64_t most = std::max<int64_t>((groups + warps - 1) / warps, 1);  // a group a warp
   const int64_t fill = std::clamp<int64_t>(resident / items, 1, most);
@@ -72,13 +73,14 @@ __device__ void copy_record(const GuidedParams& guided, const Target& target, in
   }
 }
 
-static_assert(TensorSizes<8>::kWarps == kPackedHeads);
+static_assert(kMaxTensorGroup == kMaxTiles * kTileHeads);
 
 template <int kSteps, bool kPacked>
 __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5 : 3)
     tensor_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
                   const Split split) {
   using Sizes = TensorSizes<kSteps>;
+  static_assert(!kPacked || Sizes::kWarps == kPackedHeads);  // each warp splits one head
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float factors[kMaxTiles * kTileHeads];
   const int32_t block = static_cast<int32_t>(blockIdx.x) % (split.blocks + 1) - 1;

@@ -179,8 +179,9 @@ __device__ LaneSums multiply(const uint8_t* record, const QueryPair* query) {
   return sums;
 }
 
-// From the sums of a tile to logits; `factors`: of its heads. Where the parts of a query are in
-// columns of their own, lanes that have the same heads add them up, and share out the units.
+// From the sums of a tile to logits; `factors`: of all heads of the group. Where the parts of a
+// query are in columns of their own, lanes that have the same heads add them up, and share out the
+// units.
 template <bool kPacked>
 __device__ auto to_logits(const LaneSums& sums, const float* factors, int32_t tile) {
   const int column = threadIdx.x % 4;

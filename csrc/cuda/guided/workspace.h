@@ -12,7 +12,8 @@ namespace art::cuda::guided {
 struct Workspace {
   int16_t* unit_lse;    // [batch * num_kv_heads, group_size, unit_stride], by unit, in steps
   int32_t unit_stride;  // max_units, rounded up to whole vectors of 16 bytes
-  int32_t* order;       // [batch * num_kv_heads, 2, max_units]; null: shared memory is enough
+  int32_t* order;  // [batch * num_kv_heads, 2, max_units]: scores, then the order; null: in shared
+                   // memory
 };
 
 constexpr int32_t kUnitsPerVector = 8;
@@ -21,7 +22,7 @@ constexpr int32_t kMaxTensorGroup = 16;
 // Log-sum-exp of all units with a visible token: in plain arithmetic, for every shape and dtype;
 cudaError_t score_plain(const GuidedParams& params, const Workspace& space, cudaStream_t stream);
 
-// or on tensor cores, for head sizes that can_use_tensors() and groups up to kMaxTensorGroup.
+// or on tensor cores, where can_use_tensors().
 bool can_use_tensors(const GuidedParams& params);
 cudaError_t score_tensors(const GuidedParams& params, const Workspace& space, cudaStream_t stream);
 
