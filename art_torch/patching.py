@@ -83,8 +83,8 @@ def patch(
             to read that looking for what matters takes longer: on a GPU, less than 1 MB of keys
             and values for each multiprocessor (about 32k tokens of 8 KV heads of 128 on an H100, in
             all sequences together; of a preallocated cache, what it has room for). Codes are kept
-            all the same, and such steps count as read in full. False guides always, to see what is
-            lost.
+            all the same; ``stats`` counts such calls as fallbacks. False guides always, to see
+            what is lost.
 
     Returns:
         The handle: a context manager with ``stats``, ``active`` and ``unpatch()``.

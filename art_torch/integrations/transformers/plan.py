@@ -61,6 +61,8 @@ def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
         return plan | {"criterion": None, "walk": "sink_recent"}
     if _kv_bytes(layer) < settings.least_guided_bytes:
         _note_once(settings, _EXACT_NOTE % (settings.least_guided_bytes / 1e6))
+        if not torch.compiler.is_compiling():
+            settings.stats.count_exact_fallback()
         return plan | {"criterion": None, "walk": "sink_recent"}
     if not layer.table.static_len and layer.table.longest < _PINNED_TOKENS:
         # Nobody estimates what is left of this walk: ResidualMass has nothing to go by, or to do.
