@@ -62,7 +62,7 @@ PATIENCE_SECONDS = 60.0  # with one implementation at one point
 POOL_BYTES = 6 << 30  # room for the rotating inputs of any point that is smaller
 SMOKE_POOL_BYTES = 32 << 20
 PACKAGES = ("triton", "flashinfer-python")
-WIDTHS = (40, 8, 12, 6, 6, 5, 5, 6, 5, 6)
+WIDTHS = (40, 8, 12, 6, 6, 5, 5, 6, 5, 6, 5, 5, 5)
 
 Job = tuple[Point, list[str]]
 
