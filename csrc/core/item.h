@@ -37,11 +37,15 @@ ART_HD int32_t num_pinned_of(const DecodeParams& params, int32_t index) {
   return pinned < 0 ? 0 : pinned;
 }
 
+ART_HD const int32_t* block_table_of(const DecodeParams& params, int32_t batch, int32_t head) {
+  return params.block_table + batch * params.block_table_batch_stride +
+         head * params.block_table_head_stride;
+}
+
 ART_HD Item make_item(const DecodeParams& params, int32_t index, TokenRange visible,
                       const Walk& walk) {
   const int32_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
-  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
-                         head * params.block_table_head_stride;
+  const int32_t* table = block_table_of(params, batch, head);
   const StepSchedule steps(walk, params.block_size, params.unit_size);
   return {static_cast<int32_t>(batch), static_cast<int32_t>(head), visible, walk, steps, table};
 }

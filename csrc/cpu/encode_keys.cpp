@@ -11,6 +11,7 @@
 
 #include "core/bits.h"
 #include "core/coded_groups.h"
+#include "core/item.h"
 #include "core/key_codes.h"
 
 namespace art::cpu {
@@ -48,8 +49,7 @@ void load_keys(const DecodeParams& cache, int32_t batch, int32_t head, int32_t g
   constexpr int64_t kSize = dtype == DType::kFloat32 ? 4 : 2;
   const char* keys =
       static_cast<const char*>(cache.key.data) + head * cache.key.head_stride * kSize;
-  const int32_t* table = cache.block_table + batch * cache.block_table_batch_stride +
-                         head * cache.block_table_head_stride;
+  const int32_t* table = block_table_of(cache, batch, head);
   for (int32_t t = 0; t < kGroupTokens; ++t) {
     const int32_t token = group * kGroupTokens + t;
     const int64_t page = table[token / cache.page_size], offset = token % cache.page_size;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/coded_groups.h"
+#include "core/item.h"
 #include "core/key_codes.h"
 #include "cuda/device.h"
 #include "cuda/elements.cuh"
@@ -101,8 +102,7 @@ __device__ int item_of(const Shared& shared, int64_t work) {
 // Finds the keys of a group. False for all threads if a page is out of range.
 __device__ bool find_rows(const DecodeParams& cache, int32_t batch, int32_t head, int32_t group,
                           bool valid, Shared& shared) {
-  const int32_t* table = cache.block_table + batch * cache.block_table_batch_stride +
-                         head * cache.block_table_head_stride;
+  const int32_t* table = block_table_of(cache, batch, head);
   if (threadIdx.x < kGroupTokens) {
     const int32_t token = group * kGroupTokens + static_cast<int32_t>(threadIdx.x);
     const int64_t page = table[token / cache.page_size], in_page = token % cache.page_size;

@@ -14,7 +14,7 @@ void append_kv_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cac
   const AppendPair pair = check_append(key, value, key_cache, value_cache, slot_mapping);
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   if (checked_by_environment()) {
-    const Tensor slots = torch::stable::contiguous(on_host(slot_mapping));
+    const Tensor slots = on_host(slot_mapping);
     AppendParams host = pair.key;
     host.slots = slots.const_data_ptr<int64_t>();
     host.slots_token_stride = slots.stride(0);

@@ -4,6 +4,7 @@
 #include <concepts>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -43,6 +44,10 @@ template <class... Parts>
 inline bool checked_by_environment() {
   const char* value = std::getenv("ART_CHECKED");
   return value != nullptr && std::string(value) == "1";
+}
+
+inline bool is_checked(const std::optional<bool>& checked) {
+  return checked ? *checked : checked_by_environment();
 }
 
 inline std::string dtype_name(ScalarType dtype) {

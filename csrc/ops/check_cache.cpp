@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/item.h"
 #include "ops/check.h"
 
 namespace art {
@@ -104,6 +105,15 @@ void set_keys(DecodeParams& params, const char* op, const Tensor& key, const Ten
   params.key = paged_cache(key);
 }
 
+void point_to_tables(DecodeParams& params, const Tensor& block_table, const Tensor& seq_lens) {
+  params.block_table = block_table.const_data_ptr<int32_t>();
+  params.block_table_batch_stride = block_table.stride(0);
+  params.block_table_head_stride = block_table.dim() == 3 ? block_table.stride(1) : 0;
+  params.seq_lens = seq_lens.const_data_ptr<int32_t>();
+  params.seq_lens_batch_stride = seq_lens.stride(0);
+  params.seq_lens_head_stride = seq_lens.dim() == 2 ? seq_lens.stride(1) : 0;
+}
+
 void set_tables(DecodeParams& params, const char* op, const Tensor& table, const Tensor& lens,
                 const std::optional<Tensor>& seq_starts, const Tensor& first) {
   check_int32(op, "block_table", table, first);
@@ -132,12 +142,7 @@ void set_tables(DecodeParams& params, const char* op, const Tensor& table, const
             ": block_table must address fewer than 2^31 tokens, got ", max_pages, " pages of ",
             params.page_size);
   params.max_pages = max_pages;
-  params.block_table = table.const_data_ptr<int32_t>();
-  params.block_table_batch_stride = table.stride(0);
-  params.block_table_head_stride = table_per_head ? table.stride(1) : 0;
-  params.seq_lens = lens.const_data_ptr<int32_t>();
-  params.seq_lens_batch_stride = lens.stride(0);
-  params.seq_lens_head_stride = lens_per_head ? lens.stride(1) : 0;
+  point_to_tables(params, table, lens);
   params.seq_starts = optional_ints(op, "seq_starts", seq_starts, "[batch]", {batch}, first);
 }
 
@@ -178,8 +183,7 @@ TokenRange check_length(const DecodeParams& params, const char* op, int64_t batc
 void check_pages(const DecodeParams& params, const char* op, int64_t batch, int64_t head,
                  TokenRange tokens) {
   if (tokens.size() == 0) return;
-  const int32_t* table = params.block_table + batch * params.block_table_batch_stride +
-                         head * params.block_table_head_stride;
+  const int32_t* table = block_table_of(params, batch, head);
   const int32_t last = (tokens.end - 1) / params.page_size;
   for (int32_t i = tokens.begin / params.page_size; i <= last; ++i) {
     ART_CHECK(table[i] >= 0 && table[i] < params.num_pages, op,

@@ -47,6 +47,9 @@ void set_tables(DecodeParams& params, const char* op, const Tensor& block_table,
                 const Tensor& seq_lens, const std::optional<Tensor>& seq_starts,
                 const Tensor& first);
 
+// The same without a check: for copies, where the host can read them, of tables that were checked.
+void point_to_tables(DecodeParams& params, const Tensor& block_table, const Tensor& seq_lens);
+
 // After the tables and the query.
 void set_logits(DecodeParams& params, const char* op, const LogitArguments& args,
                 const Tensor& first);

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "cuda/decode_attention.h"
 #include "ops/check.h"
 
 namespace art {
@@ -25,8 +26,15 @@ inline void check_launch(const char* op, cudaError_t error) {
   fail_check(op, ": CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
+inline void check_environment(const char* op) {
+  if (cuda::environment_is_valid()) return;
+  fail_check(op, ": the environment variable ART_CUDA must be sm90, sm80 or portable");
+}
+
+// A contiguous copy where the host can read it. Waits for the device.
 inline Tensor on_host(const Tensor& tensor) {
-  return torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return torch::stable::contiguous(
+      torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
 }
 
 }  // namespace art

@@ -140,10 +140,6 @@ DecodeParams check_arguments(const DecodeArguments& args) {
   return params;
 }
 
-bool is_checked(const DecodeArguments& args) {
-  return args.checked ? *args.checked : checked_by_environment();
-}
-
 DecodeOutputs allocate_outputs(const DecodeArguments& args) {
   const int64_t batch = args.query.size(0), heads = args.query.size(1);
   const int64_t kv_heads = args.key_cache.size(2), value_dim = args.value_cache.size(3);

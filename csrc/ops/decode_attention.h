@@ -64,8 +64,6 @@ void set_outputs(DecodeParams& params, const DecodeOutputs& outputs);
 // `params` must be readable by the host. `duplicates` also refuses units listed twice.
 void check_values(const DecodeParams& params, bool duplicates);
 
-bool is_checked(const DecodeArguments& args);
-
 // Runs the kernels of one device. `num_splits` 0 leaves the schedule to them.
 using DecodeLauncher = void (*)(const DecodeArguments& args, const DecodeParams& params,
                                 int64_t num_splits);

@@ -3,13 +3,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "ops/check.h"
 #include "ops/decode_attention.h"
 
 namespace art {
 namespace {
 
 void launch_cpu(const DecodeArguments& args, const DecodeParams& params, int64_t num_splits) {
-  check_values(params, /*duplicates=*/is_checked(args));
+  check_values(params, /*duplicates=*/is_checked(args.checked));
   if (params.batch == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const cpu::DecodePlan plan = cpu::plan_decode(params, threads, num_splits);

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "ops/check_cache.h"
 #include "ops/cuda_call.h"
 #include "ops/decode_attention.h"
 
@@ -15,18 +16,13 @@ namespace {
 void check_values_on_device(const DecodeArguments& args, DecodeParams params) {
   std::vector<Tensor> copies;
   const auto copy = [&](const Tensor& tensor) -> const Tensor& {
-    return copies.emplace_back(torch::stable::contiguous(on_host(tensor)));
+    return copies.emplace_back(on_host(tensor));
   };
   const auto data = [&](const std::optional<Tensor>& tensor) {
     return tensor ? copy(*tensor).const_data_ptr<int32_t>() : nullptr;
   };
   const Tensor table = copy(args.block_table), lens = copy(args.seq_lens);
-  params.block_table = table.const_data_ptr<int32_t>();
-  params.block_table_batch_stride = table.stride(0);
-  params.block_table_head_stride = table.dim() == 3 ? table.stride(1) : 0;
-  params.seq_lens = lens.const_data_ptr<int32_t>();
-  params.seq_lens_batch_stride = lens.stride(0);
-  params.seq_lens_head_stride = lens.dim() == 2 ? lens.stride(1) : 0;
+  point_to_tables(params, table, lens);
   params.seq_starts = data(args.seq_starts);
   params.walk = data(args.walk);
   params.walk_lens = data(args.walk_lens);
@@ -38,11 +34,8 @@ void check_values_on_device(const DecodeArguments& args, DecodeParams params) {
 void launch_cuda(const DecodeArguments& args, const DecodeParams& params, int64_t num_splits) {
   if (params.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
-  if (is_checked(args)) check_values_on_device(args, params);
-  if (!cuda::environment_is_valid()) {
-    fail_check(
-        "decode_attention: the environment variable ART_CUDA must be sm90, sm80 or portable");
-  }
+  if (is_checked(args.checked)) check_values_on_device(args, params);
+  check_environment("decode_attention");
   size_t bytes = 0;
   check_launch("decode_attention", cuda::workspace_bytes(params, num_splits, &bytes));
   const Tensor workspace = torch::stable::new_empty(args.query, {static_cast<int64_t>(bytes)},

@@ -61,9 +61,7 @@ void set_code_table(CodePool& codes, const char* op, const Tensor& table, const 
             "), got ", max_groups);
   ART_CHECK(max_groups <= 1 || table.stride(table.dim() - 1) == 1, op,
             ": the last dimension of code_table must be contiguous");
-  codes.table = table.const_data_ptr<int32_t>();
-  codes.table_batch_stride = table.stride(0);
-  codes.table_head_stride = per_head ? table.stride(1) : 0;
+  point_to_table(codes, table);
 }
 
 void check_code_ids(const CodePool& codes, const char* op, int64_t batch, int64_t head,
@@ -77,6 +75,18 @@ void check_code_ids(const CodePool& codes, const char* op, int64_t batch, int64_
 }
 
 }  // namespace
+
+void point_to_table(CodePool& codes, const Tensor& code_table) {
+  codes.table = code_table.const_data_ptr<int32_t>();
+  codes.table_batch_stride = code_table.stride(0);
+  codes.table_head_stride = code_table.dim() == 3 ? code_table.stride(1) : 0;
+}
+
+void point_to_coded_lens(EncodeParams& params, const Tensor& coded_lens) {
+  params.coded_lens = coded_lens.const_data_ptr<int32_t>();
+  params.coded_lens_batch_stride = coded_lens.stride(0);
+  params.coded_lens_head_stride = coded_lens.dim() == 2 ? coded_lens.stride(1) : 0;
+}
 
 EncodeParams check_encode(const EncodeArguments& args) {
   EncodeParams params = {};
@@ -98,9 +108,7 @@ EncodeParams check_encode(const EncodeArguments& args) {
     } else {
       check_shape(kEncode, "coded_lens", lens, "[batch]", {cache.batch});
     }
-    params.coded_lens = lens.const_data_ptr<int32_t>();
-    params.coded_lens_batch_stride = lens.stride(0);
-    params.coded_lens_head_stride = per_head ? lens.stride(1) : 0;
+    point_to_coded_lens(params, lens);
   }
   return params;
 }

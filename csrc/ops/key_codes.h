@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -52,10 +53,41 @@ struct GuidedOutputs {
 EncodeParams check_encode(const EncodeArguments& args);
 GuidedParams check_guided(const GuidedArguments& args);
 
+// The parts of these that only point to a tensor: also for copies that the host can read.
+void point_to_table(CodePool& codes, const Tensor& code_table);
+void point_to_coded_lens(EncodeParams& params, const Tensor& coded_lens);
+
 GuidedOutputs allocate_outputs(const GuidedArguments& args, GuidedParams& params);
 
 // Check what only the data tell: lengths and page ids. The host must be able to read them.
 void check_values(const EncodeParams& params);
 void check_values(const GuidedParams& params);
+
+// Run the kernels of one device.
+using EncodeLauncher = void (*)(const EncodeArguments& args, const EncodeParams& params);
+using GuidedLauncher = void (*)(const GuidedArguments& args, const GuidedParams& params);
+
+template <EncodeLauncher launch>
+void encode_keys(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor key_codes,
+                 Tensor code_table, std::optional<Tensor> coded_lens, std::optional<bool> checked) {
+  const EncodeArguments args = {key_cache,  block_table, seq_lens, key_codes,
+                                code_table, coded_lens,  checked};
+  launch(args, check_encode(args));
+}
+
+template <GuidedLauncher launch>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guided_walk(
+    Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor key_codes,
+    Tensor code_table, std::optional<double> scale, double softcap,
+    std::optional<Tensor> attn_sinks, int64_t sliding_window, std::optional<Tensor> alibi_slopes,
+    std::optional<Tensor> seq_starts, std::optional<bool> checked, bool rest) {
+  const GuidedArguments args = {query,        key_cache,  block_table, seq_lens,   key_codes,
+                                code_table,   scale,      softcap,     attn_sinks, sliding_window,
+                                alibi_slopes, seq_starts, checked,     rest};
+  GuidedParams params = check_guided(args);
+  const GuidedOutputs outputs = allocate_outputs(args, params);
+  launch(args, params);
+  return {outputs.walk, outputs.walk_lens, outputs.num_pinned, outputs.log_mass, outputs.log_rest};
+}
 
 }  // namespace art

@@ -22,11 +22,7 @@ void share(int64_t num_items, int64_t num_workers, const Run& run) {
   });
 }
 
-void encode_keys_cpu(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor key_codes,
-                     Tensor code_table, std::optional<Tensor> coded_lens,
-                     std::optional<bool> checked) {
-  const EncodeParams params =
-      check_encode({key_cache, block_table, seq_lens, key_codes, code_table, coded_lens, checked});
+void encode_on_cpu(const EncodeArguments&, const EncodeParams& params) {
   check_values(params);
   const int64_t items = int64_t{params.cache.batch} * params.cache.num_kv_heads;
   const int64_t threads = torch::stable::get_num_threads();
@@ -34,22 +30,13 @@ void encode_keys_cpu(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tens
         [&](int64_t, int64_t item) { cpu::encode_item(params, item); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guided_walk_cpu(
-    Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor key_codes,
-    Tensor code_table, std::optional<double> scale, double softcap,
-    std::optional<Tensor> attn_sinks, int64_t sliding_window, std::optional<Tensor> alibi_slopes,
-    std::optional<Tensor> seq_starts, std::optional<bool> checked, bool rest) {
-  const GuidedArguments args = {query,        key_cache,  block_table, seq_lens,   key_codes,
-                                code_table,   scale,      softcap,     attn_sinks, sliding_window,
-                                alibi_slopes, seq_starts, checked,     rest};
-  GuidedParams params = check_guided(args);
+void guide_on_cpu(const GuidedArguments& args, const GuidedParams& params) {
   check_values(params);
-  const GuidedOutputs outputs = allocate_outputs(args, params);
   const int64_t items = int64_t{params.attention.batch} * params.attention.num_kv_heads;
   const int64_t workers = cpu::guided_workers(params, torch::stable::get_num_threads());
   constexpr int64_t kAlignment = cpu::Arena::kAlignment;
   const int64_t bytes = static_cast<int64_t>(cpu::guided_bytes(params));
-  const Tensor workspace = torch::stable::new_empty(query, {bytes * workers + kAlignment},
+  const Tensor workspace = torch::stable::new_empty(args.query, {bytes * workers + kAlignment},
                                                     torch::headeronly::ScalarType::Byte);
   const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   char* const memory =
@@ -57,14 +44,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guided_walk_cpu(
   share(items, workers, [&](int64_t worker, int64_t item) {
     cpu::guide_item(params, item, memory + worker * bytes);
   });
-  return {outputs.walk, outputs.walk_lens, outputs.num_pinned, outputs.log_mass, outputs.log_rest};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(art, CPU, m) {
-  m.impl("encode_keys", TORCH_BOX(&encode_keys_cpu));
-  m.impl("guided_walk", TORCH_BOX(&guided_walk_cpu));
+  m.impl("encode_keys", TORCH_BOX(&encode_keys<encode_on_cpu>));
+  m.impl("guided_walk", TORCH_BOX(&guided_walk<guide_on_cpu>));
 }
 
 }  // namespace art

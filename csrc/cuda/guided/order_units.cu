@@ -318,15 +318,13 @@ __device__ void write_rest_of_head(const GuidedUnits& units, const int16_t* lse,
   for (int32_t first = max_units / (32 * kEach) * (32 * kEach); first >= 0; first -= 32 * kEach) {
     const int32_t begin = first + lane * kEach;
     uint64_t from[kEach];  // the mass of this entry and of the lane's after it
-    uint64_t sum = 0;
+    UnitMasses masses = {powers, largest};
 #pragma unroll
     for (int i = kEach - 1; i >= 0; --i) {
-      if (begin + i < num_units) {
-        const uint32_t below = largest - lse[order[begin + i]];
-        if (below < 32 * 64) sum += powers[below % 64] >> below / 64;
-      }
-      from[i] = sum;
+      if (begin + i < num_units) masses.add(lse[order[begin + i]]);
+      from[i] = masses.mass;
     }
+    uint64_t sum = masses.mass;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const uint64_t more = __shfl_down_sync(~0u, sum, distance);

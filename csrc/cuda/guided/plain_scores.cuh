@@ -56,8 +56,7 @@ __device__ inline void decode_key(const CodeLayout& layout, const uint8_t* recor
 // The key itself; zeros if its page is out of range.
 __device__ inline void load_key(const DecodeParams& params, const Target& target, int32_t token,
                                 float (&key)[kLaneChannels]) {
-  const int32_t* table = params.block_table + target.batch * params.block_table_batch_stride +
-                         target.kv_head * params.block_table_head_stride;
+  const int32_t* table = block_table_of(params, target.batch, target.kv_head);
   const int64_t page = table[token / params.page_size];
   const bool inside = page >= 0 && page < params.num_pages;
   const int64_t row =
