@@ -37,16 +37,16 @@ from common import (
     write_results,
 )
 from decode_inputs import DTYPES, Case, Inputs, make_inputs
-from gpu_points import stop_after
+from gpu_points import EVERY_CHANGE, stop_after
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 import art_torch
+from art_torch.guided import GROUP_TOKENS
 
-PAGE_SIZE, GROUP_TOKENS = 64, 64
+PAGE_SIZE = 64
 PERCENT = (5, 10, 15, 25)
-EVERY_CHANGE = 1e9  # a threshold that every block of random tokens meets
 
 
 def make_calls(case: Case, inputs: Inputs) -> dict[str, Callable[[], Any]]:

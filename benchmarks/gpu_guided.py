@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from gpu_inputs import Inputs, error_of, paged_tokens
-from gpu_points import GUIDED_FRACTIONS, num_inputs, stop_after
+from gpu_points import EVERY_CHANGE, GUIDED_FRACTIONS, num_inputs, stop_after
 from gpu_timing import Calls
 from torch import Tensor
 
 import art_torch
+from art_torch.guided import GROUP_TOKENS, UNIT_TOKENS
 
-GROUP, UNIT = 64, 16
 MAX_CODED_INPUTS = 256  # of short sequences there would be thousands
-EVERY_CHANGE = 1e9  # a threshold that every block of random tokens meets
 
 
 @dataclass
@@ -49,7 +48,7 @@ def num_coded_inputs(num_bytes: int) -> int:
 def code_bytes(inputs: Inputs) -> int:
     """Of the records of one input."""
     point = inputs.point
-    groups = sum(tokens // GROUP for tokens in point.lens)
+    groups = sum(tokens // GROUP_TOKENS for tokens in point.lens)
     return groups * point.num_kv_heads * art_torch.key_code_bytes(point.head_dim)
 
 
@@ -57,7 +56,7 @@ def encode(inputs: Inputs, num_bytes: int) -> Coded:
     """Codes of the inputs that take turns, where one call reads ``num_bytes``."""
     point, device = inputs.point, inputs.pool.device
     count = min(num_coded_inputs(num_bytes), len(inputs.queries)) if device.type == "cuda" else 2
-    groups = inputs.block_tables.shape[-1] * point.page_size // GROUP
+    groups = inputs.block_tables.shape[-1] * point.page_size // GROUP_TOKENS
     order = torch.randperm(point.batch * groups, generator=torch.Generator().manual_seed(0))
     table = order.view(point.batch, groups).to(device, torch.int32)
     shape = (order.numel(), point.num_kv_heads, art_torch.key_code_bytes(point.head_dim))
@@ -92,9 +91,11 @@ def error_of_walk(
 
     def tokens_at(row: int, head: int) -> tuple[Tensor, Tensor]:
         keys, values = paged_tokens(inputs, row, head)
-        count = -(-int(result.tokens_read[row, head]) // UNIT)
+        count = -(-int(result.tokens_read[row, head]) // UNIT_TOKENS)
         units = walk.walk[row, head, :count].long()
-        tokens = (units[:, None] * UNIT + torch.arange(UNIT, device=units.device)).flatten()
+        tokens = (
+            units[:, None] * UNIT_TOKENS + torch.arange(UNIT_TOKENS, device=units.device)
+        ).flatten()
         tokens = tokens[tokens < len(keys)]
         return keys[tokens], values[tokens]
 
@@ -124,7 +125,7 @@ def prepare_walk(inputs: Inputs) -> tuple[Calls, int, float | None, str]:
     coded = encode(inputs, num_bytes)
     calls: list[Callable[[], Any]] = [partial(coded.walk, i) for i in range(len(coded.pools))]
     lens = calls[0]().walk_lens
-    if not torch.equal(lens, -(-inputs.seq_lens[:, None] // UNIT).expand_as(lens)):
+    if not torch.equal(lens, -(-inputs.seq_lens[:, None] // UNIT_TOKENS).expand_as(lens)):
         raise RuntimeError("expected every unit in the walk")
     on_gpu = inputs.pool.device.type == "cuda"
     return calls, num_bytes, None, kernel_times(calls) if on_gpu else ""

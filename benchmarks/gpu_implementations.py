@@ -15,6 +15,7 @@ from gpu_inputs import DTYPE, Inputs, error_of_contiguous, error_of_paged
 from gpu_points import (
     BLOCK,
     CODE_FRACTION,
+    EVERY_CHANGE,
     FRACTIONS,
     GUIDED_FRACTIONS,
     num_inputs,
@@ -25,7 +26,6 @@ from torch import Tensor
 
 import art_torch
 
-EVERY_CHANGE = 1e9  # a threshold that every block of random tokens meets
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
 TOLERANCE = 0.02  # relative to the largest output; bfloat16 rounds by up to 0.004
 

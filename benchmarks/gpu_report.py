@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpu_points import GUIDED_PERCENT
+
 Row = dict[str, Any]
 Ratios = dict[str, float]
 
-GUIDED_PERCENT = (10, 15, 25)
 CASE = re.compile(r"B(\d+)_S(\d+)_.*?(_ragged)?")
 FLASHINFER = {"flashinfer_fa2": "fa2", "flashinfer_xqa": "xqa"}
 
