@@ -43,8 +43,7 @@ class LayerSettings:
         options: Further arguments of :func:`art_torch.decode_attention` (walk, sizes).
         stats: Where tokens read are counted.
         eager_only: Whether exact attention must be eager although sdpa would do.
-        noted: Reasons of a fall-back to exact attention that were logged already; shared by the
-            layers of a model.
+        noted: What was logged already; shared by the layers of a model.
         on_call: Called after each call of the operator with (layer, arguments, result).
         measure_mass: Whether the softmax mass that each call reads is measured.
         least_guided_bytes: Keys and values below which a layer is not guided.
@@ -66,6 +65,19 @@ class LayerSettings:
     def guided(self) -> bool:
         """Whether the layer asks for the guided walk."""
         return bool(self.options["walk"] == "guided")
+
+    def note_once(self, text: str) -> None:
+        """Logs what a user should know, once per model; a compiled step logs nothing."""
+        if torch.compiler.is_compiling() or text in self.noted:
+            return
+        self.noted.add(text)
+        logger.warning("%s", text)
+
+    def note_exact(self, text: str) -> None:
+        """The same, and counts a call that fell back to exact attention."""
+        if not torch.compiler.is_compiling():
+            self.stats.count_exact_fallback()
+            self.note_once(text)
 
 
 def settings_of(module: nn.Module) -> LayerSettings | None:
@@ -171,12 +183,8 @@ def _why_not_this_mask(info: MaskInfo | None, layer: ARTLayer) -> str | None:
 
 
 def _note(settings: LayerSettings | None, reason: str | None) -> None:
-    if not reason or settings is None or torch.compiler.is_compiling():
-        return
-    settings.stats.count_exact_fallback()
-    if reason not in settings.noted:
-        settings.noted.add(reason)
-        logger.warning("decode steps run with exact attention: %s", reason)
+    if reason and settings is not None:
+        settings.note_exact(f"decode steps run with exact attention: {reason}")
 
 
 def _check_codes_can_start(layer: ARTLayer) -> None:

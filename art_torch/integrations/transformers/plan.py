@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from art_torch.integrations.transformers.layer import ARTLayer
 
 __all__ = ["least_guided_bytes", "plan_dense", "plan_paged"]
-
-logger = logging.getLogger("art_torch")
 
 # In fewer tokens than these the guided walk pins every unit: the first four, the last complete
 # group and what follows it. Pinned units come in ascending order, so this walk has the same bits.
@@ -57,12 +54,10 @@ def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
     if not settings.guided:
         return plan
     if layer.is_sliding:
-        _note_once(settings, _WINDOW_NOTE)
+        settings.note_once(_WINDOW_NOTE)
         return plan | {"criterion": None, "walk": "sink_recent"}
     if _kv_bytes(layer) < settings.least_guided_bytes:
-        _note_once(settings, _EXACT_NOTE % (settings.least_guided_bytes / 1e6))
-        if not torch.compiler.is_compiling():
-            settings.stats.count_exact_fallback()
+        settings.note_exact(_EXACT_NOTE % (settings.least_guided_bytes / 1e6))
         return plan | {"criterion": None, "walk": "sink_recent"}
     if not layer.table.static_len and layer.table.longest < _PINNED_TOKENS:
         # Nobody estimates what is left of this walk: ResidualMass has nothing to go by, or to do.
@@ -91,10 +86,3 @@ def _kv_bytes(layer: ARTLayer) -> int:
     assert storage is not None  # the new tokens are in it
     tokens = table.batch * (table.static_len or table.longest)
     return tokens * storage.page_bytes // storage.page_size
-
-
-def _note_once(settings: LayerSettings, note: str) -> None:
-    if torch.compiler.is_compiling() or note in settings.noted:
-        return
-    settings.noted.add(note)
-    logger.warning(note)
