@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from cases import Inputs
+from contract import Tally, check
 
-from art_torch import Stability, reference
+from art_torch import Stability, decode_attention, reference
 from art_torch._decode_arguments import checked_rules, criterion_arguments, walk_arguments
 from art_torch.ops import DecodeResult
 
@@ -14,6 +15,10 @@ from art_torch.ops import DecodeResult
 SPLITS = (0, 1, 2, 3, 4, 8, 16, 33)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 by_dtype = {"ids": lambda value: str(value).removeprefix("torch.")}
+RUNS = 50  # that have to agree
+RAGGED = tuple(512 + (i * 5531) % 3600 for i in range(64))
+# Share of (sequence, KV head) pairs where rounding may decide, at most.
+MARGIN_SHARES = {torch.float32: 0.02, torch.float16: 0.12, torch.bfloat16: 0.2}
 
 
 def call_split(inputs, criterion, num_splits, **changes):
@@ -23,6 +28,60 @@ def call_split(inputs, criterion, num_splits, **changes):
     arguments |= criterion_arguments(checked_rules(criterion), inputs.tensors[1])
     operator = torch.ops.art._decode_attention_split
     return DecodeResult(*operator(*inputs.tensors, **options, **arguments, num_splits=num_splits))
+
+
+class SplitStops:
+    """Stops on the CPU, batch-invariant ones and those of every split, against the reference."""
+
+    def __init__(self):
+        self.tallies = {name: Tally() for name in ("cpu", "invariant", *SPLITS)}
+        self.stops = []
+
+    def add(self, host, inputs, criterion):
+        """One call of each; `host` has the same inputs as `inputs`."""
+        results = {
+            "cpu": host.call(decode_attention, criterion=criterion),
+            "invariant": inputs.call(decode_attention, criterion=criterion, batch_invariant=True),
+        }
+        results |= {n: call_split(inputs, criterion, n) for n in SPLITS}
+        for name, result in results.items():
+            self.tallies[name] += check(host, criterion, result)
+        self.stops += results["cpu"].stop_block.flatten().tolist()
+
+    @property
+    def share(self):
+        """Of the pairs, those whose decision is inside the margin."""
+        return self.tallies["cpu"].inside / self.tallies["cpu"].pairs
+
+    @property
+    def stopped(self):
+        return sum(stop >= 0 for stop in self.stops)
+
+    def summary(self):
+        tally = self.tallies["cpu"]
+        different = {name: t.different for name, t in self.tallies.items() if t.different}
+        return (
+            f"{tally.inside} of {tally.pairs} inside the margin ({self.share:.1%}); stopped "
+            f"elsewhere there: {different or 'none'}; {self.stopped} stopped, at "
+            f"{len(set(self.stops) - {-1})} different blocks"
+        )
+
+
+def assert_nothing_waits(calls):
+    """Call several times while the device is busy; fails where the host waits for it."""
+    calls()  # loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    slept = torch.cuda.Event()
+    slept.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            calls()
+        assert not slept.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
 
 
 def bits(tensor):

@@ -4,7 +4,18 @@ import pytest
 import torch
 from cases import Case, Inputs, build
 from coded import STEPS_PER_NAT, call_guided, check, code_arguments, visible_of, with_codes
-from gpu_helpers import EARLY, Large, bits, by_dtype, capture, same_bits, soil
+from gpu_helpers import (
+    EARLY,
+    RAGGED,
+    RUNS,
+    Large,
+    assert_nothing_waits,
+    bits,
+    by_dtype,
+    capture,
+    same_bits,
+    soil,
+)
 
 from art_torch import append_kv, decode_attention, encode_keys, guided_walk, key_code_bytes
 from art_torch._reference_guided import order_units
@@ -14,8 +25,6 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.cuda
 
-RUNS = 50
-RAGGED = tuple(512 + (i * 5531) % 3600 for i in range(64))
 SHAPES = [
     Large("B1", (100_003,)),
     Large("B4", (16_000, 9_001, 0, 15_999), spare_pages=500),
@@ -254,19 +263,7 @@ def test_the_host_waits_for_nothing(gpu):
         encode_keys(keys, table, lens, pool, code_table)
         return walk_of(inputs, (pool, code_table))
 
-    calls()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000_000)  # about a second
-    slept = torch.cuda.Event()
-    slept.record()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            calls()
-        assert not slept.query()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
+    assert_nothing_waits(calls)
 
 
 def test_two_streams_do_not_disturb_each_other(gpu):

@@ -5,11 +5,20 @@ import math
 import pytest
 import torch
 from cases import Case, Inputs, build
-from contract import Tally, check
-from gpu_helpers import NEVER, SPLITS, Remembered, assert_same_bits, call_split, capture, soil
+from gpu_helpers import (
+    MARGIN_SHARES,
+    NEVER,
+    SPLITS,
+    Remembered,
+    SplitStops,
+    assert_same_bits,
+    call_split,
+    capture,
+    soil,
+)
 from rests import with_true_rest
 
-from art_torch import ResidualMass, Stability, decode_attention
+from art_torch import ResidualMass, Stability
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -37,8 +46,6 @@ CRITERIA = [
     Stability(0.02, 2e-4, 2) & ResidualMass(0.1),
     Stability(torch.tensor([0.1, 0.02]), torch.tensor([5e-3, 2e-4]), 3) | ResidualMass(0.01),
 ]
-# Share of (sequence, KV head) pairs where rounding may decide, at most.
-SHARES = {torch.float32: 0.02, torch.float16: 0.12, torch.bfloat16: 0.2}
 
 
 def random_case(seed, head_dim, group):
@@ -64,35 +71,18 @@ def random_case(seed, head_dim, group):
 @pytest.mark.parametrize(**by_kind)
 def test_stops_are_those_of_the_reference(kind, gpu, report):
     dtype, head_dim, group = kind
-    tallies = {name: Tally() for name in ("cpu", "invariant", *SPLITS)}
-    stops = []
+    stops = SplitStops()
     for seed in range(6):
         case = random_case(seed, head_dim, group)
         host = with_true_rest(build(case, dtype, "cpu", seed))
         host = Remembered(host.tensors, host.options)
         inputs = host.to(gpu)
         for criterion in (CRITERIA[seed], CRITERIA[seed - 3]):
-            results = {
-                "cpu": host.call(decode_attention, criterion=criterion),
-                "invariant": inputs.call(
-                    decode_attention, criterion=criterion, batch_invariant=True
-                ),
-            }
-            results |= {n: call_split(inputs, criterion, n) for n in SPLITS}
-            for name, result in results.items():
-                tallies[name] += check(host, criterion, result)
-            stops += results["cpu"].stop_block.flatten().tolist()
-    tally = tallies["cpu"]
-    different = {name: tally.different for name, tally in tallies.items() if tally.different}
-    share = tally.inside / tally.pairs
-    report(
-        f"ResidualMass, {dtype}, D{head_dim} G{group}: {tally.inside} of {tally.pairs} inside the "
-        f"margin ({share:.1%}); stopped elsewhere there: {different or 'none'}; "
-        f"{sum(s >= 0 for s in stops)} stopped, at {len(set(stops) - {-1})} different blocks"
-    )
-    assert share <= SHARES[dtype]
-    assert sum(s >= 0 for s in stops) > len(stops) / 2
-    assert len(set(stops)) > 12
+            stops.add(host, inputs, criterion)
+    report(f"ResidualMass, {dtype}, D{head_dim} G{group}: {stops.summary()}")
+    assert stops.share <= MARGIN_SHARES[dtype]
+    assert stops.stopped > len(stops.stops) / 2
+    assert len(set(stops.stops)) > 12
 
 
 # ---------------------------------------------------------------- what is made up

@@ -7,6 +7,8 @@ from gpu_helpers import (
     EARLY,
     LATE,
     NEVER,
+    RAGGED,
+    RUNS,
     SPLITS,
     Large,
     assert_same_bits,
@@ -23,8 +25,6 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.cuda
 
-RUNS = 50
-RAGGED = tuple(512 + (i * 5531) % 3600 for i in range(64))
 SHAPES = [
     Large("B1", (100_003,)),
     Large("B4", (16_000, 9_001, 12_345, 15_999)),

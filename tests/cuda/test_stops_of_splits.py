@@ -3,10 +3,9 @@
 import pytest
 import torch
 from cases import Case, Inputs, build
-from contract import Tally, check
-from gpu_helpers import SPLITS, Remembered, call_split
+from gpu_helpers import MARGIN_SHARES, SPLITS, Remembered, SplitStops, call_split
 
-from art_torch import Stability, decode_attention
+from art_torch import Stability
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -22,8 +21,6 @@ CRITERIA = [
     Stability(torch.tensor([0.1, 0.02]), torch.tensor([5e-3, 2e-4]), 3),
     Stability(0.03, 4.5e-4, 1),
 ]
-# Share of (sequence, KV head) pairs where rounding may decide, at most.
-SHARES = {torch.float32: 0.02, torch.float16: 0.12, torch.bfloat16: 0.2}
 
 
 def random_case(seed, walk, head_dim, group, dtype):
@@ -63,33 +60,16 @@ def random_case(seed, walk, head_dim, group, dtype):
     ids=["bf16_128_g4", "f16_128_g8", "bf16_64_g5", "f16_256_g2", "bf16_128_g16", "f32"],
 )
 def test_stops_are_those_of_the_reference(dtype, head_dim, group, walk, gpu, report):
-    tallies = {name: Tally() for name in ("cpu", "invariant", *SPLITS)}
-    stops = []
+    stops = SplitStops()
     for seed in range(12):
         case = random_case(seed, walk, head_dim, group, dtype)
         host = build(case, dtype, "cpu", seed)
         host = Remembered(host.tensors, host.options)
-        inputs = build(case, dtype, gpu, seed)
-        criterion = CRITERIA[seed % len(CRITERIA)]
-        results = {
-            "cpu": host.call(decode_attention, criterion=criterion),
-            "invariant": inputs.call(decode_attention, criterion=criterion, batch_invariant=True),
-        }
-        results |= {n: call_split(inputs, criterion, n) for n in SPLITS}
-        for name, result in results.items():
-            tallies[name] += check(host, criterion, result)
-        stops += results["cpu"].stop_block.flatten().tolist()
-    tally = tallies["cpu"]
-    different = {name: tally.different for name, tally in tallies.items() if tally.different}
-    share = tally.inside / tally.pairs
-    report(
-        f"decision margin, {dtype}, D{head_dim} G{group}, {walk}: {tally.inside} of {tally.pairs} "
-        f"inside ({share:.1%}); stopped elsewhere there: {different or 'none'}; "
-        f"{sum(s >= 0 for s in stops)} stopped, at {len(set(stops) - {-1})} different blocks"
-    )
-    assert share <= SHARES[dtype]
-    assert sum(s >= 0 for s in stops) > len(stops) / 5
-    assert len(set(stops)) > 12
+        stops.add(host, build(case, dtype, gpu, seed), CRITERIA[seed % len(CRITERIA)])
+    report(f"decision margin, {dtype}, D{head_dim} G{group}, {walk}: {stops.summary()}")
+    assert stops.share <= MARGIN_SHARES[dtype]
+    assert stops.stopped > len(stops.stops) / 5
+    assert len(set(stops.stops)) > 12
 
 
 DIM, BLOCK, LAST = 128, 64, 112  # LAST blocks of 64 tokens, a page each

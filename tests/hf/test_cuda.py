@@ -242,15 +242,7 @@ class GuidedRecorder(Recorder):
     """Checks every call with the walk that the codes give at that time."""
 
     def __call__(self, layer, arguments, result):
-        named = dict(arguments)
-        if named["walk"] == "guided":
-            codes = named.pop("key_codes"), named.pop("code_table")
-            tensors = (named[name] for name in ("query", "key_cache", "block_table", "seq_lens"))
-            names = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts")
-            logits = {name: named[name] for name in names if name in named}
-            walk = art_torch.guided_walk(*tensors, *codes, **logits)
-            named |= dict(zip(("walk", "walk_lens", "num_pinned"), walk[:3], strict=True))
-        super().__call__(layer, named, result)
+        super().__call__(layer, test_guided.with_explicit_walk(arguments), result)
 
 
 def test_guiding_begins_where_it_pays(tiny_on_gpu):
@@ -278,11 +270,7 @@ def test_guided_calls_agree_with_the_reference(name, page_size, tiny_on_gpu):
         generate(model, ids, cache, attention_mask=mask, max_new_tokens=6)
     assert len(recorder.calls) == 5 * LAYERS
     assert handle.stats.exact_fallbacks == 0
-    full = test_guided.full_layers(model)
-    assert (recorder.stopped > 0) == bool(full)
-    fractions = handle.stats.fractions()
-    for layer in range(LAYERS):  # windows are read in full
-        assert (fractions[layer] < 1.0).all() == (layer in full)
+    test_guided.assert_full_layers_stop(model, recorder, handle)
 
 
 @pytest.mark.parametrize("kind", ["art", "dynamic"])

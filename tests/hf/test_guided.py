@@ -133,6 +133,22 @@ def test_half_types(dtype):
 # ---------------------------------------------------------------- with a rule
 
 
+def with_explicit_walk(arguments):
+    """Arguments of a call, with the walk that the codes give at this time instead of "guided"."""
+    named = dict(arguments)
+    if named["walk"] != "guided":
+        return named
+    codes = named.pop("key_codes"), named.pop("code_table")
+    tensors = (named[name] for name in ("query", "key_cache", "block_table", "seq_lens"))
+    names = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts")
+    logits = {name: named[name] for name in names if name in named}
+    walk = guided_walk(*tensors, *codes, **logits, rest=True)
+    named |= dict(zip(("walk", "walk_lens", "num_pinned"), walk[:3], strict=True))
+    if rules_of(named["criterion"]).residual_mass is not None:
+        named["log_rest"] = walk.log_rest
+    return named
+
+
 class GuidedRecorder(Recorder):
     """Replays each call through the reference, with the walk that the codes at that time gave."""
 
@@ -141,18 +157,17 @@ class GuidedRecorder(Recorder):
         self.walks: list[str] = []
 
     def __call__(self, layer, arguments, result):
-        named = dict(arguments)
-        self.walks.append(named["walk"])
-        if named["walk"] == "guided":
-            codes = named.pop("key_codes"), named.pop("code_table")
-            tensors = (named[name] for name in ("query", "key_cache", "block_table", "seq_lens"))
-            names = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts")
-            logits = {name: named[name] for name in names if name in named}
-            walk = guided_walk(*tensors, *codes, **logits, rest=True)
-            named |= dict(zip(("walk", "walk_lens", "num_pinned"), walk[:3], strict=True))
-            if rules_of(named["criterion"]).residual_mass is not None:
-                named["log_rest"] = walk.log_rest
-        super().__call__(layer, named, result)
+        self.walks.append(arguments["walk"])
+        super().__call__(layer, with_explicit_walk(arguments), result)
+
+
+def assert_full_layers_stop(model, recorder, handle):
+    """What full attention reads is cut short everywhere, and windows are read in full."""
+    full = full_layers(model)
+    assert (recorder.stopped > 0) == bool(full)
+    fractions = handle.stats.fractions()
+    for layer in range(LAYERS):
+        assert (fractions[layer] < 1.0).all() == (layer in full)
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])
@@ -162,13 +177,9 @@ def test_calls_agree_with_the_reference(any_tiny, page_size):
     cache = art_torch.ARTCache(any_tiny.config, page_size)
     with guided(any_tiny, RULE, on_call=recorder, block_size=16) as handle:
         generate(any_tiny, ids, cache, attention_mask=mask, max_new_tokens=6)
-    full = full_layers(any_tiny)
-    assert recorder.walks.count("guided") == 5 * len(full)
-    assert (recorder.stopped > 0) == bool(full)
+    assert recorder.walks.count("guided") == 5 * len(full_layers(any_tiny))
     assert recorder.inside <= 0.02 * recorder.compared
-    fractions = handle.stats.fractions()
-    for layer in range(LAYERS):  # windows are read in full
-        assert (fractions[layer] < 1.0).all() == (layer in full)
+    assert_full_layers_stop(any_tiny, recorder, handle)
 
 
 def test_beams_agree_with_the_reference(tiny):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from test_exact import generate
-from test_guided import RULE, GuidedRecorder, decode, full_layers, padded_batch
+from test_guided import (
+    RULE,
+    GuidedRecorder,
+    assert_full_layers_stop,
+    decode,
+    full_layers,
+    guided,
+    padded_batch,
+)
 from tiny_models import LAYERS, prompt
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,10 +24,6 @@ from art_torch.integrations.transformers import plan
 MASS = ResidualMass(0.3)
 CRITERIA = {"mass": MASS, "both": RULE & MASS, "either": RULE | ResidualMass(0.15)}
 criteria = pytest.mark.parametrize("criterion", CRITERIA.values(), ids=list(CRITERIA))
-
-
-def guided(model, criterion, **kwargs):
-    return art_torch.patch(model, criterion, walk="guided", **kwargs)
 
 
 # ---------------------------------------------------------------- presets
@@ -66,13 +70,9 @@ def test_calls_agree_with_the_reference(any_tiny, criterion):
     cache = art_torch.ARTCache(any_tiny.config)
     with guided(any_tiny, criterion, on_call=recorder, block_size=16) as handle:
         generate(any_tiny, ids, cache, attention_mask=mask, max_new_tokens=6)
-    full = full_layers(any_tiny)
-    assert recorder.walks.count("guided") == 5 * len(full)
-    assert (recorder.stopped > 0) == bool(full)
+    assert recorder.walks.count("guided") == 5 * len(full_layers(any_tiny))
     assert recorder.inside <= 0.02 * recorder.compared
-    fractions = handle.stats.fractions()
-    for layer in range(LAYERS):  # windows are read in full
-        assert (fractions[layer] < 1.0).all() == (layer in full)
+    assert_full_layers_stop(any_tiny, recorder, handle)
     assert handle.stats.exact_fallbacks == 0
 
 
