@@ -16,7 +16,7 @@ Writes ``results/gpu-<device>.json``, one row per case and implementation, and a
     art_guided_walk the order of a guided walk: scores from key codes, and sorting; its bytes are
                     those of the codes, which `read` is the ceiling for
     art_guided_10   the whole step of a guided walk (scores, order, attention) that ends after
-                    10 % of the tokens; also 15 and 25
+                    10 % of the tokens; also 5, 15 and 25
     art_invariant   art_dense with batch_invariant=True
     art_oldest      art_dense with walk="oldest_first"
     flashinfer_fa2  FlashInfer's decode on tensor cores, its plan not timed
@@ -49,7 +49,7 @@ import torch
 from common import RESULTS, _commit, device_name, slug, write_results
 from gpu_implementations import Prepared, inputs_needed, prepare
 from gpu_inputs import Pool, make_inputs
-from gpu_points import SMOKE_TABLE, TABLE, Point, parse_points
+from gpu_points import GUIDED_PERCENT, SMOKE_TABLE, TABLE, Point, parse_points
 from gpu_report import COLUMNS, Row, cases_of, cells, problems, verdicts
 from gpu_timing import GraphTimer, LoopTimer, watchdog
 from make_tables import gpu_table
@@ -62,7 +62,7 @@ PATIENCE_SECONDS = 60.0  # with one implementation at one point
 POOL_BYTES = 6 << 30  # room for the rotating inputs of any point that is smaller
 SMOKE_POOL_BYTES = 32 << 20
 PACKAGES = ("triton", "flashinfer-python")
-WIDTHS = (40, 8, 12, 6, 6, 5, 5, 6, 5, 6, 5, 5, 5)
+WIDTHS = (40, 8, 12, 6, 6, 5, 5, 6, 5, 6, *(5 for _ in GUIDED_PERCENT))
 
 Job = tuple[Point, list[str]]
 

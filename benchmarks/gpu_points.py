@@ -20,7 +20,7 @@ MANY_INPUTS = 8
 L2_BYTES = 256e6  # several times the cache of any GPU this runs on
 
 FRACTIONS = {"art_half": 1 / 2, "art_fifth": 1 / 5}
-GUIDED_PERCENT = (10, 15, 25)
+GUIDED_PERCENT = (5, 10, 15, 25)
 GUIDED_FRACTIONS = {f"art_guided_{percent}": percent / 100 for percent in GUIDED_PERCENT}
 EVERY_CHANGE = 1e9  # a threshold that every block of random tokens meets
 CODE_FRACTION = 2560 / (64 * 512)  # of key codes in the bytes of a cache
