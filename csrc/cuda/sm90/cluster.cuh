@@ -37,7 +37,7 @@ template <int kDim>
 constexpr int kClusterThreads =
     32 * (num_cluster_workers(kDim) + kFolders + 2 + num_cluster_producers(kDim));
 
-template <class T, int kDim, int kHeadTiles>
+template <class T, int kDim, int kHeadTiles, bool kRests>
 __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     cluster_kernel(const __grid_constant__ DecodeParams params,
                    const __grid_constant__ ListedWalks walks, const __grid_constant__ Maps maps,
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     cluster_arrive();
     cluster_wait();
   } else if (warp < kWorkers + kFolders) {
-    Folder<T, kDim, kHeadTiles> folder(params, walks, plan, exchange, shared.exchange, item, rank,
-                                       warp - kWorkers);
+    Folder<T, kDim, kHeadTiles, kRests> folder(params, walks, plan, exchange, shared.exchange, item,
+                                               rank, warp - kWorkers);
     if (folder.has_work()) folder.run();
     __syncwarp();
     cluster_arrive();
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     cluster_wait();
     if (rank < num_slices(kDim)) weigher.drain(kWorkers);
   } else {
-    Judge<kDim, kHeadTiles> judge(params, plan, exchange, shared.exchange, item, rank);
+    Judge<kDim, kHeadTiles, kRests> judge(params, plan, exchange, shared.exchange, item, rank);
     if (may_stop(params)) judge.run();
     __syncwarp();
     cluster_arrive();
@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
 #endif
 }
 
-template <class T, int kDim, int kHeadTiles>
+template <class T, int kDim, int kHeadTiles, bool kRests>
 cudaError_t run_cluster(const DecodeParams& params, const ListedWalks& walks, const Maps& maps,
                         const ClusterPlan& plan, cudaStream_t stream, int* blocks) {
-  const auto kernel = cluster_kernel<T, kDim, kHeadTiles>;
+  const auto kernel = cluster_kernel<T, kDim, kHeadTiles, kRests>;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = plan.blocks();

@@ -1,5 +1,5 @@
 #include "cuda/sm90/instance.cuh"
 
 namespace art::cuda::sm90 {
-template Entries entries<DType::kBFloat16, 192>(int32_t);
+template Entries entries<DType::kBFloat16, 192>(int32_t, bool);
 }  // namespace art::cuda::sm90

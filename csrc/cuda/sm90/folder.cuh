@@ -7,7 +7,9 @@
 
 namespace art::cuda::sm90 {
 
-template <class T, int kDim, int kHeadTiles>
+// `kRests`: the items may end because little is left of them. That code is not in the kernel which
+// has no use for it: these warps are bound by fetching instructions.
+template <class T, int kDim, int kHeadTiles, bool kRests>
 class Folder {
   using Shared = ExchangeShared<kDim, kHeadTiles>;
   static constexpr int kSlices = num_slices(kDim);
@@ -211,7 +213,7 @@ class Folder {
 
     const bool sends = row_ < count && own < pairs;
     // What is left is on its way while the moments are summed. Slice 0 is the first of its warp.
-    const bool tells_rests = params_.use_residual && k == 0 && slice == 0 && sends;
+    const bool tells_rests = kRests && k == 0 && slice == 0 && sends;
     float rests[2] = {NAN, NAN};
     if (tells_rests) find_rests(own, rests);
     float sums[6], scales[2] = {1.0f, 1.0f};

@@ -18,16 +18,17 @@ struct TypeOf<DType::kFloat16> {
 };
 
 template <DType kDType, int kDim>
-Entries entries(int32_t group_size) {
+Entries entries(int32_t group_size, bool use_residual) {
   using T = typename TypeOf<kDType>::Type;
   // A warp has not the registers for 16 heads of more than 128 channels; nor, to fold besides
   // computing, for 8 of 256.
-  const auto make = [](auto tiles) {
+  const auto make = [use_residual](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
     Entries made = {};
     if constexpr (kDim * kTiles <= 256) {
       if constexpr (kDim < 256) made.solo = run_solo<T, kDim, kTiles>;
-      made.cluster = run_cluster<T, kDim, kTiles>;
+      made.cluster =
+          use_residual ? run_cluster<T, kDim, kTiles, true> : run_cluster<T, kDim, kTiles, false>;
       made.exchange_bytes = kExchangeBytes<T, kDim, kTiles>;
       made.max_pending_log2 = max_pending_log2(kDim, kTiles);
     }

@@ -7,7 +7,8 @@
 
 namespace art::cuda::sm90 {
 
-template <int kDim, int kHeadTiles>
+// `kRests`: as for Folder.
+template <int kDim, int kHeadTiles, bool kRests>
 class Judge {
   using Shared = ExchangeShared<kDim, kHeadTiles>;
   static constexpr int kSlices = num_slices(kDim);
@@ -80,8 +81,8 @@ class Judge {
     if ((verdict ^ verdict_on(num_known_, 0)) >> kVerdictBits != 0) return;
     const int32_t first = num_known_ << sizes_.batch_log2, count = steps_of(num_known_);
     const int32_t first_row = first_compared_ > first ? first_compared_ - first : 0;
-    const int32_t last = params_.use_residual ? find_last(~verdict, first_row, count)
-                                              : find_settled(~verdict, first_row, count);
+    const int32_t last =
+        kRests ? find_last(~verdict, first_row, count) : find_settled(~verdict, first_row, count);
     ++num_known_;
     // All that see the last verdict say the same.
     if (lane_ < plan_.blocks()) {
@@ -132,13 +133,15 @@ class Judge {
       if (row >= count || g >= params_.group_size) continue;
       const OutputChange change = output_change(moments_of(batch, row, g / 2, g % 2));
       stable = stable && is_stable(change, thresholds_);
-      if (params_.use_residual) {
+      if (kRests) {
         covered = covered && exchange_.moments(batch, 0, g % 2, row, g / 2)->w < 0.0f;
       }
     }
-    return __reduce_or_sync(~0u,
-                            (stable ? 0 : 1u << row) | (covered ? 0 : 1u << (kBatchSteps + row)));
+    const uint32_t uncovered = !kRests || covered ? 0 : 1u << (kBatchSteps + row);
+    return __reduce_or_sync(~0u, (stable ? 0 : 1u << row) | uncovered);
   }
+
+  __device__ static float scale_of(const float4& part) { return kRests ? fabsf(part.w) : part.w; }
 
   // Adds up the slices in their order.
   __device__ IncrementMoments moments_of(int32_t batch, int row, int pair, int column) const {
@@ -150,7 +153,7 @@ class Judge {
       sums.aa += part.x;
       sums.ad += part.y;
       sums.dd += part.z;
-      is_scaled = is_scaled || fabsf(part.w) != 1.0f;
+      is_scaled = is_scaled || scale_of(part) != 1.0f;
     }
     return is_scaled ? scaled_moments_of(batch, row, pair, column) : sums;
   }
@@ -164,13 +167,13 @@ class Judge {
     for (int slice = 0; slice < kSlices; ++slice) {
       const float4 part = *exchange_.moments(batch, slice, column, row, pair);
       // A slice of zeros has no scale.
-      if (part.x > 0.0f || part.z > 0.0f) scale = fminf(scale, fabsf(part.w));
+      if (part.x > 0.0f || part.z > 0.0f) scale = fminf(scale, scale_of(part));
     }
     IncrementMoments sums = {};
 #pragma unroll 1
     for (int slice = 0; slice < kSlices; ++slice) {
       const float4 part = *exchange_.moments(batch, slice, column, row, pair);
-      const float own = fabsf(part.w), ratio = scale < own ? scale / own : 1.0f;
+      const float own = scale_of(part), ratio = scale < own ? scale / own : 1.0f;
       sums.aa += part.x * ratio * ratio;
       sums.ad += part.y * ratio * ratio;
       sums.dd += part.z * ratio * ratio;

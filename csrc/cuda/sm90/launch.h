@@ -106,8 +106,9 @@ struct Entries {
   int max_pending_log2;  // of its sizes
 };
 
-// For 8 or 16 query heads; defined in one file per dtype and head size.
+// For 8 or 16 query heads, with or without ResidualMass; defined in one file per dtype and head
+// size.
 template <DType kDType, int kDim>
-Entries entries(int32_t group_size);
+Entries entries(int32_t group_size, bool use_residual);
 
 }  // namespace art::cuda::sm90

@@ -12,19 +12,19 @@ template <DType kDType>
 bool find_entries(const DecodeParams& params, Entries* found) {
   switch (params.head_dim) {
     case 64:
-      *found = entries<kDType, 64>(params.group_size);
+      *found = entries<kDType, 64>(params.group_size, params.use_residual);
       return true;
     case 96:
-      *found = entries<kDType, 96>(params.group_size);
+      *found = entries<kDType, 96>(params.group_size, params.use_residual);
       return true;
     case 128:
-      *found = entries<kDType, 128>(params.group_size);
+      *found = entries<kDType, 128>(params.group_size, params.use_residual);
       return true;
     case 192:
-      *found = entries<kDType, 192>(params.group_size);
+      *found = entries<kDType, 192>(params.group_size, params.use_residual);
       return true;
     case 256:
-      *found = entries<kDType, 256>(params.group_size);
+      *found = entries<kDType, 256>(params.group_size, params.use_residual);
       return true;
     default:
       return false;
@@ -53,13 +53,14 @@ cudaError_t solo_residency(const DecodeParams& params, const Entries& entries,
 // Clusters of 2, 4 and 8 thread blocks that the device holds at once.
 cudaError_t find_max_clusters(const DecodeParams& params, const Entries& entries,
                               int32_t (&max_clusters)[kClusterSizes], int64_t* multiprocessors) {
-  static ResidencyCache<kKernels * kClusterSizes> cache;
+  static ResidencyCache<kKernels * 2 * kClusterSizes> cache;
+  const int number = kernel_number(params) * 2 + params.use_residual;
   for (int i = 0; i < kClusterSizes; ++i) {
     ClusterPlan plan = {};
     plan.blocks_log2 = i + 1;
     Residency residency;
     const cudaError_t error = cache.get(
-        kernel_number(params) * kClusterSizes + i,
+        number * kClusterSizes + i,
         [&](int* blocks) { return entries.cluster(params, {}, {}, plan, nullptr, blocks); },
         &residency);
     if (error != cudaSuccess) return error;
