@@ -93,6 +93,11 @@ TABLE = """
     64x32k   32/8   d128  p16
     32x128k  32/8   d128  p16
     128x32k  32/8   d128  p16
+    8x32k    9/3    d64   p16
+    32x8k    9/3    d64   p16
+    32x32k   9/3    d64   p16
+    128x8k   9/3    d64   p16
+    128x32k  9/3    d64   p16
 """
 # For trying the script out where there is no GPU.
 SMOKE_TABLE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,11 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name of a model's cache argument: transformers 5.24 has renamed it to ``cache``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @dataclass
 class Lane:
     """A model with its own KV cache.
@@ -40,7 +46,7 @@ class Lane:
     def feed(self, ids: Tensor) -> Tensor:
         """Runs new tokens, int64 ``[1, T]``; returns the logits ``[vocab]`` of the last one."""
         with torch.inference_mode():
-            output = self.model(ids, past_key_values=self.cache, logits_to_keep=1)
+            output = self.model(ids, logits_to_keep=1, **{cache_argument(self.model): self.cache})
         return output.logits[0, -1].float()
 
     def prefill(self, ids: Tensor, on_progress: Callable[[int], None]) -> None:

@@ -4,9 +4,10 @@ Three lanes decode in turn on the same weights: transformers' own exact attentio
 with its rule switched off, and ART. The first and the last stream side by side. Then ART is led
 along the exact text token by token to measure how far its distributions are off.
 
-    python examples/generate.py                                  # SmolLM2-135M-Instruct
-    python examples/generate.py --patience 2                     # reads less, forgets the fact
-    python examples/generate.py --walk guided --preset quality   # asks two-bit codes what to read
+    python examples/generate.py                     # SmolLM2-135M-Instruct, guided by two-bit codes
+    python examples/generate.py --preset balanced   # reads less
+    python examples/generate.py --walk sink_recent  # in a fixed order it has to read more ...
+    python examples/generate.py --walk sink_recent --patience 2  # ... or it forgets the fact
     python examples/generate.py --model path/or/hub-id --document my.txt --question "Who ...?"
 """
 
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import models
@@ -64,12 +65,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--document", type=Path, default=DATA / "hacker_folklore.txt", help="text file")
     add("--question", default=QUESTION)
     add("--max-new-tokens", type=int, default=48, help="per task")
-    add("--d-scale", type=float, default=0.03, help="largest relative change of length")
-    add("--d-direction", type=float, default=4.5e-4, help="largest 1 - cosine")
-    add("--patience", type=int, default=8, help="stable blocks in a row")
-    walks = ["sink_recent", "recent_first", "oldest_first", "guided"]
-    add("--walk", default="sink_recent", choices=walks, help="order of reading")
-    add("--preset", choices=[*PRESETS], help="for --walk guided, instead of the three numbers")
+    walks = ["guided", "sink_recent", "recent_first", "oldest_first"]
+    add("--walk", default="guided", choices=walks, help="order of reading")
+    add("--preset", choices=[*PRESETS], help="rule of a guided walk; quality if left out")
+    for name, kind, help in (
+        ("--d-scale", float, "largest relative change of length"),
+        ("--d-direction", float, "largest 1 - cosine"),
+        ("--patience", int, "stable blocks in a row"),
+    ):
+        add(name, type=kind, default=argparse.SUPPRESS, help=f"{help}, instead of the preset's")
     add("--out", type=Path, default=Path("art_demo"), help="folder for heat maps and report")
     arguments = parser.parse_args()
     if arguments.max_new_tokens < 2:
@@ -79,6 +83,15 @@ def parse_arguments() -> argparse.Namespace:
     if not arguments.document.is_file():
         parser.error(f"--document: there is no file {arguments.document}")
     return arguments
+
+
+def rule_of(arguments: argparse.Namespace) -> Stability:
+    """The preset's rule, or one that suits the walks of a fixed order, with what was asked for."""
+    is_guided = arguments.walk == "guided"
+    rule = PRESETS[arguments.preset or "quality"] if is_guided else Stability(patience=8)
+    names = ("d_scale", "d_direction", "patience")
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return replace(rule, **given)
 
 
 @dataclass
@@ -249,8 +262,7 @@ def main() -> None:
     if not document or needed > room:
         raise SystemExit(f"the document needs 1 to {room} tokens of context, got {needed}")
 
-    numbers = arguments.d_scale, arguments.d_direction, arguments.patience
-    criterion = arguments.preset or Stability(*numbers)
+    criterion = rule_of(arguments)
     console.print(
         f"[bold]{name}[/], {arguments.dtype}, {describe(arguments.device)}, "
         f"a document of {ids.shape[1] + 1:,} tokens\n"

@@ -29,7 +29,9 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
-@pytest.mark.parametrize("rule", [("--patience", "1"), ("--walk", "guided", "--preset", "fast")])
+@pytest.mark.parametrize(
+    "rule", [("--walk", "sink_recent", "--patience", "1"), ("--preset", "fast")]
+)
 def test_demo_prints_both_texts_and_measures_them(tmp_path, rule):
     document = tmp_path / "document.txt"
     document.write_text("\n\n".join(DOCUMENT.read_text().split("\n\n")[:6]))
@@ -58,7 +60,10 @@ def test_demo_prints_both_texts_and_measures_them(tmp_path, rule):
         (("--document", "absent.txt"), "there is no file absent.txt"),
         (("--max-new-tokens", "1"), "must be at least 2, got 1"),
         (("--walk", "backwards"), "invalid choice: 'backwards'"),
-        (("--preset", "fast"), "--preset is for --walk guided, got --walk sink_recent"),
+        (
+            ("--preset", "fast", "--walk", "sink_recent"),
+            "--preset is for --walk guided, got --walk sink_recent",
+        ),
     ],
 )
 def test_demo_explains_bad_arguments(arguments, message):
