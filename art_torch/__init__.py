@@ -11,7 +11,7 @@ from art_torch.guided import GuidedWalk, encode_keys, guided_walk, key_code_byte
 from art_torch.ops import DecodeResult, append_kv, decode_attention
 
 if TYPE_CHECKING:
-    from art_torch.integrations.transformers import ARTCache
+    from art_torch.integrations.transformers import ARTCache, GraphedDecoder
     from art_torch.patching import patch
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "ARTCache",
     "CombinedCriterion",
     "DecodeResult",
+    "GraphedDecoder",
     "GuidedWalk",
     "ResidualMass",
     "Stability",
@@ -34,7 +35,11 @@ __all__ = [
 ]
 
 # transformers is imported only when one of these is used.
-_LAZY = {"ARTCache": "art_torch.integrations.transformers", "patch": "art_torch.patching"}
+_LAZY = {
+    "ARTCache": "art_torch.integrations.transformers",
+    "GraphedDecoder": "art_torch.integrations.transformers",
+    "patch": "art_torch.patching",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+
+from art_torch.integrations.transformers import cache_argument
 
 __all__ = ["Lane", "Run", "first_difference", "kl_divergence", "race", "replay", "share_weights"]
 
@@ -22,11 +23,6 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a second model on the same weights, which can be patched by itself."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """The name of a model's cache argument: transformers 5.24 has renamed it to ``cache``."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @dataclass
