@@ -60,6 +60,7 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 
 gpu-bench: $(PEERS) ## Measure the CUDA operator beside its peers, renew README.md (GPU_BENCH_ARGS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/bench_gpu.py $(GPU_BENCH_ARGS)
+	$(PY) benchmarks/bench_gpu_steps.py
 	$(PY) benchmarks/make_tables.py
 
 # No environment is set up for these two: where there is none, PYTHON has what they need.

@@ -104,6 +104,31 @@ def steps_table(results: Results) -> str:
     return f"{head}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
 
 
+def gpu_steps_table(results: Results) -> str:
+    names = {
+        "sdpa_dynamic": "sdpa, `DynamicCache`",
+        "sdpa_static": "sdpa, `StaticCache`, graph",
+        "exact": "exact",
+        "exact_graphed": "exact, graph",
+    }
+    cases = by_case(results["rows"])
+    impls = list(next(iter(cases.values())))
+    rows = []
+    for case, measured in cases.items():
+        cells = [f"`{case}`"]
+        for impl in impls:
+            row = measured[impl]
+            read = f" ({row['read']:.0%})" if row["guided"] else ""
+            cells.append(f"{row['us'] / 1e3:.2f}{read}")
+        rows.append(cells)
+    head = (
+        f"{results['model']}: milliseconds of a decode step, in brackets the part of the "
+        "cache that was read; without, there was too little for looking to pay"
+    )
+    header = ["case", *(names.get(impl, f"`{impl}`, graph") for impl in impls)]
+    return f"{head}. {conditions(results)}.\n\n{markdown(header, rows)}"
+
+
 def divergence(value: float) -> str:
     """A KL divergence; rounding of float32 logits alone gives 1e-12 to 1e-10."""
     return "0" if value < 1e-9 else f"{value:.2g}"
@@ -209,8 +234,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "steps": steps_table,
     "walks": walks_table,
     "gpu": gpu_table,
+    "gpu_steps": gpu_steps_table,
 }
-OPTIONAL = {"gpu"}
+OPTIONAL = {"gpu", "gpu_steps"}
 
 
 def fill(text: str, results_folder: Path) -> str:

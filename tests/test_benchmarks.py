@@ -182,6 +182,21 @@ def test_bench_decode_runs(tmp_path):
             assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
 
 
+def test_bench_gpu_steps_runs(make_tables, tmp_path):
+    output = tmp_path / "gpu_steps-a-cpu.json"
+    done = run_script("bench_gpu_steps.py", "--smoke", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    graphed = ["exact_graphed", "quality", "balanced", "fast"]
+    assert [row["impl"] for row in rows] == ["sdpa_dynamic", "sdpa_static", "exact", *graphed]
+    for row in rows:
+        assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
+        assert (row["read"] < 1) == row["guided"] == (row["impl"] in graphed[1:])
+    filled = make_tables.fill("<!-- table:gpu_steps -->\n<!-- /table -->\n", tmp_path)
+    assert "`balanced`, graph" in filled
+    assert filled.count("| `B2_S") == 1
+
+
 def test_bench_steps_runs(make_tables, tmp_path):
     output = tmp_path / "steps-a-cpu.json"
     done = run_script("bench_steps.py", "--quick", "--output", str(output))
