@@ -4,8 +4,9 @@
     python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
 
 A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
-``guided``, ``guided_decode``, ``memory``, ``steps``, ``walks`` or ``gpu``, of every device with a
-file ``results/NAME-<device>.json``. Only ``gpu`` may have none: then the section is empty.
+``guided``, ``guided_decode``, ``memory``, ``steps``, ``walks``, ``gpu`` or ``gpu_steps``, of every
+device with a file ``results/NAME-<device>.json``. Only those of GPUs may have none, and an empty
+section.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, slug
 from gpu_report import COLUMNS, EXPLANATION, cases_of, cells
 
 Results = dict[str, Any]
@@ -25,6 +26,17 @@ Row = dict[str, Any]
 SECTION = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 OTHER_PAGE_SIZE = re.compile(r"_p(?!64\b|64_)")  # than ARTCache's default: in the file only
 MIB = 1 << 20
+# What a reader of the README gets of the points of bench_gpu.py.
+GPU_EXCERPT = {
+    *("B1_S8192_H32/8_D128_bf16_p16", "B1_S32768_H32/8_D128_bf16_p16"),
+    *("B1_S131072_H32/8_D128_bf16_p16", "B4_S32768_H32/8_D128_bf16_p16"),
+    *("B8_S8192_H32/8_D128_bf16_p16", "B8_S32768_H32/8_D128_bf16_p16"),
+    *("B32_S8192_H32/8_D128_bf16_p16", "B32_S32768_H32/8_D128_bf16_p16"),
+    *("B128_S8192_H32/8_D128_bf16_p16", "B128_S32768_H32/8_D128_bf16_p16"),
+    *("B32_S32768_H32/8_D128_bf16_p16_ragged", "B8_S8192_H32/32_D128_bf16_p16"),
+    *("B32_S8192_H64/8_D128_bf16_p16", "B32_S8192_H32/8_D64_bf16_p16"),
+    "B1_S32768_H32/8_D64_bf16_p16",
+}
 
 
 def markdown(header: list[str], rows: list[list[str]], *, left: int = 1) -> str:
@@ -217,13 +229,22 @@ def guided_decode_table(results: Results) -> str:
     return f"{head}. {conditions(results)}.\n\n{markdown(header, rows)}"
 
 
-def gpu_table(results: Results) -> str:
+def gpu_table(results: Results, names: Collection[str] | None = None) -> str:
+    """Of the cases with these names, or of all."""
+    cases = cases_of(results["rows"])
     points = [
-        [f"`{name}`", *texts] for name, *texts in map(cells, cases_of(results["rows"]).values())
+        [f"`{name}`", *texts]
+        for name, *texts in map(cells, cases.values())
+        if names is None or name in names
     ]
     ceiling = results["ceiling_gbps"]
     head = f"A plain read reaches {ceiling:,.0f} GB/s. " if ceiling else ""
     return f"{head}{conditions(results)}.\n\n{EXPLANATION}\n\n{markdown(list(COLUMNS), points)}"
+
+
+def gpu_excerpt(results: Results) -> str:
+    name = f"benchmarks/results/gpu-{slug(results['device'])}.md"
+    return f"{gpu_table(results, GPU_EXCERPT)}\nAll points: [{name}]({name}).\n"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -233,7 +254,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "memory": memory_table,
     "steps": steps_table,
     "walks": walks_table,
-    "gpu": gpu_table,
+    "gpu": gpu_excerpt,
     "gpu_steps": gpu_steps_table,
 }
 OPTIONAL = {"gpu", "gpu_steps"}
