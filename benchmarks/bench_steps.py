@@ -3,11 +3,11 @@
     python benchmarks/bench_steps.py            # minutes; writes results/steps-<device>.json
     python benchmarks/bench_steps.py --quick    # a short prompt; only prints
 
-SmolLM2-135M-Instruct. The beginning of data/jargon_file.txt is prefilled once per dtype, and copied
+SmolLM2-135M-Instruct. The beginning of data/jargon_file.txt is prefilled once per case, and copied
 for every implementation. Then they take turns with the same tokens, so that a change of the
-machine's speed hits all of them. `sdpa` is the unpatched model with a DynamicCache. The others are
-patched, with an ARTCache: `exact` reads all of it; `sink_recent` and `guided` read in these orders
-until the rule of the preset "balanced" stops.
+machine's speed hits all of them. `sdpa` is the unpatched model with a DynamicCache, `sdpa_static`
+with a StaticCache. The others are patched, with an ARTCache: `exact` reads all of it; `sink_recent`
+and `guided` read in these orders until the rule of the preset "balanced" stops.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import art_torch
 from art_torch import PRESETS, ARTCache
+from art_torch.integrations.transformers import cache_argument
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 TEXT = Path(__file__).resolve().parent / "data" / "jargon_file.txt"
@@ -61,19 +62,26 @@ def measure(
     """Rows without a case; ``prompt`` and ``following`` are int64 ``[1, n]``."""
     models, handles = patched(model)
     art = ARTCache(model.config)
-    models["exact"](prompt, past_key_values=art, logits_to_keep=1)
-    dynamic = DynamicCache(config=model.config)
+    argument = cache_argument(model)
+    models["exact"](prompt, logits_to_keep=1, **{argument: art})
+    length = prompt.shape[1] + following.shape[1]
+    caches: dict[str, Any] = {
+        "sdpa": DynamicCache(config=model.config),
+        "sdpa_static": StaticCache(model.config, max_cache_len=length),
+    }
     for index, layer in enumerate(art.layers):
-        dynamic.update(*(tensor.clone() for tensor in layer.history()), index)
-    caches = {"sdpa": dynamic, **{name: copy.deepcopy(art) for name in RULES}}
-    models = {"sdpa": model, **models}
+        for cache in caches.values():
+            cache.update(*(tensor.clone() for tensor in layer.history()), index)
+    models |= dict.fromkeys(caches, model)
+    caches |= {name: copy.deepcopy(art) for name in RULES}
     advance("prefill")
-    names, times = list(models), {name: [] for name in models}
+    names: list[str] = list(caches)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for step in range(following.shape[1]):
         token = following[:, step : step + 1]
         for name in names[step % len(names) :] + names[: step % len(names)]:
             start = time.perf_counter()
-            models[name](token, past_key_values=caches[name], logits_to_keep=1)
+            models[name](token, logits_to_keep=1, **{argument: caches[name]})
             times[name].append(1e6 * (time.perf_counter() - start))
         advance("steps")
     rows = []
@@ -106,6 +114,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=8160)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     arguments = parser.parse_args()
     prompt, steps = arguments.prompt_tokens, arguments.steps
@@ -117,10 +126,12 @@ def main() -> None:
     model, tokenizer = load_smollm2()
     tokens = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
     tokens = tokens[:, : prompt + steps]
-    total = len(arguments.dtypes) * (1 + steps)
+    settings = [(dtype, threads) for dtype in arguments.dtypes for threads in arguments.threads]
+    total = len(settings) * (1 + steps)
     with torch.inference_mode(), progress_bar("bench_steps", total) as advance:
-        for dtype in arguments.dtypes:
-            case = f"B1_S{tokens.shape[1]}_{dtype}_t{results['threads']}"
+        for dtype, threads in settings:
+            case = f"B1_S{tokens.shape[1]}_{dtype}_t{threads}"
+            torch.set_num_threads(threads)
             model = model.to(DTYPES[dtype])
             measured = measure(model, tokens[:, :prompt], tokens[:, prompt:], advance)
             rows += [{"case": case, **row} for row in measured]

@@ -104,7 +104,11 @@ def memory_table(results: Results) -> str:
 
 
 def steps_table(results: Results) -> str:
-    names = {"sdpa": "sdpa, `DynamicCache`", "exact": "exact, `ARTCache`"}
+    names = {
+        "sdpa": "sdpa, `DynamicCache`",
+        "sdpa_static": "sdpa, `StaticCache`",
+        "exact": "exact, `ARTCache`",
+    }
     header = ["case", "attention", "KV read", "ms", "of sdpa's"]
     rows = []
     for case, impls in by_case(results["rows"]).items():

@@ -199,15 +199,15 @@ def test_bench_gpu_steps_runs(make_tables, tmp_path):
 
 def test_bench_steps_runs(make_tables, tmp_path):
     output = tmp_path / "steps-a-cpu.json"
-    done = run_script("bench_steps.py", "--quick", "--output", str(output))
+    done = run_script("bench_steps.py", "--quick", "--threads", "1", "--output", str(output))
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
-    names = ["sdpa", "exact", "sink_recent", "guided"]
+    names = ["sdpa", "sdpa_static", "exact", "sink_recent", "guided"]
     assert [row["impl"] for row in rows] == 2 * names
     assert {row["case"].split("_")[2] for row in rows} == {"f32", "bf16"}
     for row in rows:
         assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
-        assert (row["read"] == 1) == (row["impl"] in names[:2])
+        assert (row["read"] == 1) == (row["impl"] in names[:3])
     filled = make_tables.fill("<!-- table:steps -->\n<!-- /table -->\n", tmp_path)
     assert filled.count("| x 1.00 |") >= 2
     assert filled.count("| `guided`, rule of `balanced` |") == 2
