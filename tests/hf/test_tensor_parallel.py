@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 import art_torch
+from art_torch.stats import ReadStats
 
 RANKS = 2
 STEPS = 6
@@ -77,7 +78,7 @@ def decode(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "stops": recorder.stops, "handle": handle, "heads": heads}
 
 
-def of_stats(stats: art_torch.ReadStats) -> dict[str, Any]:
+def of_stats(stats: ReadStats) -> dict[str, Any]:
     return {
         "read": stats.tokens_read(),
         "present": stats.tokens_present(),
