@@ -16,9 +16,10 @@ keys and values:
     sdpa_dynamic    the model's own attention on a DynamicCache
     sdpa_static     the same on a StaticCache
 
-A step is what `model(...)` does in Python, so without CUDA graphs small ones take as long as
-their kernels take to be launched; `us_until_launched` in the rows tells. Where one GPU has no room
-for the cache of all layers, fewer are timed, here and there, and the time of all is computed.
+A step is what `model(...)` does in Python, so small ones take as long as their kernels take to be
+launched (`us_until_launched` in the rows). All but sdpa_dynamic are therefore also timed as CUDA
+graphs, unless `--no-graphs` is given. Where one GPU has no room for the cache of all layers, fewer
+are timed, here and there, and the time of all is computed.
 
 Writes `results/tensor-parallel-<device>.json` after every row, and a table beside it.
 """
@@ -53,18 +54,20 @@ from tp_report import markdown_of
 from tp_steps import (
     IMPLEMENTATIONS,
     SMOKE_FREE_BYTES,
+    Point,
     Row,
     make_points,
     measure,
     profiled,
     release,
 )
+from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import art_torch
 
 PROMPT = 400  # tokens, of the checks
-GRACE_SECONDS = 120  # past the budget, before a run that hangs is ended
+GRACE_SECONDS = 60  # past the budget, before a run that hangs is ended
 
 
 class Results:
@@ -116,7 +119,7 @@ def check_models(ranks: Ranks, results: Results, smoke: bool) -> None:
         release(ranks)
 
 
-def time_models(ranks: Ranks, results: Results, smoke: bool, deadline: float) -> None:
+def time_models(ranks: Ranks, results: Results, smoke: bool, deadline: float, graphs: bool) -> None:
     """Every point on all GPUs, and then on the first one alone while the others wait."""
     config = llama_8b(smoke, ranks.size)
     check_divisible(config, ranks.size)
@@ -130,15 +133,22 @@ def time_models(ranks: Ranks, results: Results, smoke: bool, deadline: float) ->
     release(ranks)
     smoke_free = SMOKE_FREE_BYTES * ranks.size
     free = smoke_free if smoke else torch.cuda.mem_get_info(ranks.device)[0]
+    captured = {1: graphs, ranks.size: graphs}  # until it fails once
+
+    def add(model: LlamaForCausalLM, impl: str, point: Point, gpus: int) -> None:
+        rows = measure(model, impl, point, ranks, gpus, captured[gpus])
+        captured[gpus] &= not any(row["note"].startswith("not captured") for row in rows)
+        results.add([], rows)
+
     for point in make_points(config, ranks.from_first(free), smoke):
         for impl in IMPLEMENTATIONS if ranks.size > 1 else ():
             if not ranks.from_first(time.monotonic() < deadline):
                 return
-            results.add([], [measure(split, impl, point, ranks, ranks.size)])
+            add(split, impl, point, ranks.size)
         if ranks.first:
             for impl in IMPLEMENTATIONS:
                 if time.monotonic() < deadline:
-                    results.add([], [measure(whole, impl, point, ranks, 1)])
+                    add(whole, impl, point, 1)
         ranks.wait()
 
 
@@ -147,6 +157,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--budget", type=float, default=150, help="seconds; 0 checks only")
+    parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="tiny models, on the CPU")
     return parser.parse_args()
 
@@ -169,7 +180,7 @@ def main() -> None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.size))
         results = Results(ranks, arguments.out, arguments.commit)
         check_models(ranks, results, arguments.smoke)
-        time_models(ranks, results, arguments.smoke, deadline)
+        time_models(ranks, results, arguments.smoke, deadline, not arguments.no_graphs)
         if ranks.first:
             print(f"{len(results.content['rows'])} rows in {results.path}", flush=True)
             failed = [check for check in results.content["checks"] if not check["passed"]]

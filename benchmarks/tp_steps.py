@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import median
@@ -28,7 +28,7 @@ PAGE = 64  # of ARTCache: as many tokens are kept free for the steps, so that no
 
 # The most telling first, for a run may end early.
 IMPLEMENTATIONS = ("art_dense", "sdpa_dynamic", "art_half", "art_guided_10", "sdpa_static")
-POINTS = ((1, 32), (8, 32), (32, 8), (1, 8), (8, 8), (32, 32))  # batch, thousands of tokens
+POINTS = ((1, 32), (8, 32), (32, 32), (32, 8), (1, 8), (8, 8))  # batch, thousands of tokens
 SMOKE_POINTS = ((1, 1), (2, 1))
 
 # Of the memory that is free, what a point may take; and how many times the keys and values of one
@@ -133,56 +133,108 @@ def first_layers(model: LlamaForCausalLM, layers: int) -> Iterator[None]:
         model.config.num_hidden_layers = before
 
 
-def time_steps(model: LlamaForCausalLM, impl: str, point: Point, ranks: Ranks, gpus: int) -> Row:
-    """Times decode steps of the model; of a split one on all ranks together."""
+def time_steps(
+    model: LlamaForCausalLM, impl: str, point: Point, ranks: Ranks, gpus: int, graphs: bool
+) -> list[Row]:
+    """Times decode steps of the model; of a split one on all ranks together.
+
+    Returns:
+        A row of steps that Python launches, and one of steps that a CUDA graph replays if
+        ``graphs`` and the cache allow it.
+    """
     device, kv_heads = ranks.device, point.config.num_key_value_heads // gpus
+    rows: list[Row] = []
     with first_layers(model, point.layers), torch.no_grad():
         # Configs of a point and of the model are apart: a cache asks for the layers there are.
         own = replace(point, config=model.config)
         cache = make_cache(impl, own, kv_heads, device)
         with patched(impl, model, own) as handle:
             generator = torch.Generator(device).manual_seed(0)
-            shape = (WARMUP + STEPS + PROFILED, point.batch, 1)
-            vocab = point.config.vocab_size
-            tokens = torch.randint(vocab, shape, generator=generator, device=device)
-            times, launches = timed(model, cache, tokens[:-PROFILED], ranks)
-            kernels, waits = kernel_times(model, cache, tokens[-PROFILED:], ranks)
-        row: Row = {
-            "case": point.name,
-            "impl": impl,
-            "gpus": gpus,
-            "us": round(median(times), 1),
-            "us_min": round(min(times), 1),
-            "us_max": round(max(times), 1),
-            "us_until_launched": round(median(launches), 1),
-            "us_kernels": kernels,
-            "us_communication": waits,
-            "read": 1.0,
-            "note": "",
-        }
-        if handle is not None:
-            stats = handle.stats if gpus == 1 else handle.gather_stats()
-            row["read"] = round(stats.read_fraction(), 4)
-            row["kv_heads_counted"] = stats.tokens_read().shape[1]
-            if stats.exact_fallbacks:
-                row["note"] = f"{stats.exact_fallbacks} layer calls were exact"
+            vocab, shape = point.config.vocab_size, (point.batch, 1)
+            token = torch.randint(vocab, shape, generator=generator, device=device)
+
+            def step() -> None:
+                model(token, past_key_values=cache, logits_to_keep=1)
+
+            row = timed(step, ranks) | kernel_times(step, ranks)
+            rows.append(row | {"graph": False} | read_by(handle, gpus))
+            if graphs and impl != "sdpa_dynamic":
+                try:
+                    replayed = replay_times(model, token, cache, own, ranks)
+                except torch.OutOfMemoryError as error:
+                    replayed = {"us": None, "note": out_of_memory(error)}
+                except RuntimeError as error:  # whatever cannot be captured
+                    first_line = str(error).splitlines()[0][:200]
+                    replayed = {"us": None, "note": f"not captured: {first_line}"}
+                rows.append(replayed | {"graph": True} | read_by(handle, gpus))
+    names = {"case": point.name, "impl": impl, "gpus": gpus, "layers": point.layers}
+    return [names | row for row in rows]
+
+
+def read_by(handle: Any, gpus: int) -> Row:
+    """What the steps so far have read, by the statistics of all ranks."""
+    if handle is None:
+        return {"read": 1.0}
+    stats = handle.stats if gpus == 1 else handle.gather_stats()
+    row = {
+        "read": round(stats.read_fraction(), 4),
+        "kv_heads_counted": stats.tokens_read().shape[1],
+    }
+    if stats.exact_fallbacks:
+        row["exact_fallbacks"] = stats.exact_fallbacks
     return row
 
 
-def timed(
-    model: LlamaForCausalLM, cache: Any, tokens: Tensor, ranks: Ranks
-) -> tuple[list[float], list[float]]:
+def timed(step: Callable[[], None], ranks: Ranks) -> Row:
     """Microseconds of each step after the first ones, and until all its work was launched."""
     times, launches = [], []
-    for step in tokens:
+    for _ in range(WARMUP + STEPS):
         ranks.synchronize()
         start = time.perf_counter()
-        model(step, past_key_values=cache, logits_to_keep=1)
+        step()
         launched = time.perf_counter()
         ranks.synchronize()
         times.append((time.perf_counter() - start) * 1e6)
         launches.append((launched - start) * 1e6)
-    return times[WARMUP:], launches[WARMUP:]
+    times, launches = times[WARMUP:], launches[WARMUP:]
+    return {
+        "us": round(median(times), 1),
+        "us_min": round(min(times), 1),
+        "us_max": round(max(times), 1),
+        "us_until_launched": round(median(launches), 1),
+        "note": "",
+    }
+
+
+def replay_times(
+    model: LlamaForCausalLM, token: Tensor, cache: Any, point: Point, ranks: Ranks
+) -> Row:
+    """The same of a step in a CUDA graph, that of NCCL included.
+
+    On the CPU, for trying the benchmark out, the step itself.
+    """
+    seen = int(cache.get_seq_length())
+    position = torch.full((point.batch, 1), seen, device=ranks.device)
+    if isinstance(cache, ARTCache):
+        cache.preallocate(point.tokens)
+
+    def step() -> None:
+        model(token, past_key_values=cache, position_ids=position, logits_to_keep=1)
+        position.add_(1)
+
+    if ranks.device.type != "cuda":
+        return timed(step, ranks)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as that which watches NCCL, may ask about their events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return timed(graph.replay, ranks)
 
 
 def profiled(ranks: Ranks) -> profile:
@@ -191,17 +243,15 @@ def profiled(ranks: Ranks) -> profile:
     return profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
 
 
-def kernel_times(
-    model: LlamaForCausalLM, cache: Any, tokens: Tensor, ranks: Ranks
-) -> tuple[float, float]:
+def kernel_times(step: Callable[[], None], ranks: Ranks) -> Row:
     """Microseconds that a step keeps the GPU busy: kernels, and those of NCCL, which also wait.
 
     On the CPU, for trying the benchmark out, those of PyTorch's operators.
     """
     on_gpu = ranks.device.type == "cuda"
     with profiled(ranks) as profiler:
-        for step in tokens:
-            model(step, past_key_values=cache, logits_to_keep=1)
+        for _ in range(PROFILED):
+            step()
         ranks.synchronize()
     kernels = waits = 0.0
     for event in profiler.key_averages():
@@ -210,31 +260,49 @@ def kernel_times(
             waits += us
         else:
             kernels += us
-    return round(kernels / len(tokens), 1), round(waits / len(tokens), 1)
+    return {
+        "us_kernels": round(kernels / PROFILED, 1),
+        "us_communication": round(waits / PROFILED, 1),
+    }
 
 
-def measure(model: LlamaForCausalLM, impl: str, point: Point, ranks: Ranks, gpus: int) -> Row:
-    """The row of one implementation; one that runs out of memory says so in its note.
+def measure(
+    model: LlamaForCausalLM, impl: str, point: Point, ranks: Ranks, gpus: int, graphs: bool
+) -> list[Row]:
+    """The rows of one implementation; one that runs out of memory says so in its note.
 
     Where not all layers have room, half of them are timed as well, and from the difference follows
     the time of all: ``us_all_layers``.
     """
     try:
-        row = time_steps(model, impl, point, ranks, gpus)
-        total = point.config.num_hidden_layers
-        row["us_all_layers"], row["layers"] = row["us"], point.layers
-        if point.layers < total:
+        rows = time_steps(model, impl, point, ranks, gpus, graphs)
+        if point.layers < point.config.num_hidden_layers:
             release(ranks)
             half = replace(point, layers=point.layers // 2)
-            shorter = time_steps(model, impl, half, ranks, gpus)
-            of_layer = (row["us"] - shorter["us"]) / (point.layers - half.layers)
-            row["us_half_layers"] = shorter["us"]
-            row["us_all_layers"] = round(row["us"] + of_layer * (total - point.layers), 1)
+            shorter = time_steps(model, impl, half, ranks, gpus, graphs)
+        else:
+            shorter = rows
+        for row, other in zip(rows, shorter, strict=True):
+            if row["us"] is not None and other["us"] is not None:
+                add_all_layers(row, other, point.config.num_hidden_layers)
     except torch.OutOfMemoryError as error:
-        note = f"out of memory: {str(error).splitlines()[0][:100]}"
-        row = {"case": point.name, "impl": impl, "gpus": gpus, "us": None, "note": note}
+        names = {"case": point.name, "impl": impl, "gpus": gpus, "layers": point.layers}
+        rows = [names | {"graph": False, "us": None, "note": out_of_memory(error)}]
     release(ranks)
-    return row
+    return rows
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> str:
+    return f"out of memory: {str(error).splitlines()[0][:100]}"
+
+
+def add_all_layers(row: Row, shorter: Row, total: int) -> None:
+    """The time of all layers, from that of some and of fewer; they may be all there are."""
+    row["us_all_layers"] = row["us"]
+    if row["layers"] < total:
+        of_layer = (row["us"] - shorter["us"]) / (row["layers"] - shorter["layers"])
+        row["us_half_layers"] = shorter["us"]
+        row["us_all_layers"] = round(row["us"] + of_layer * (total - row["layers"]), 1)
 
 
 def release(ranks: Ranks) -> None:
