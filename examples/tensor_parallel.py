@@ -34,14 +34,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help="folder or hub id; a small Llama with random weights if left out")
-    add("--prompt", help="text to continue, with --model")
+    add("--prompt", help="text to continue, with --model; random tokens if left out")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     add("--walk", default="guided", choices=["guided", "sink_recent", "oldest_first"])
     add("--preset", default="balanced", choices=[*PRESETS, "none"], help="none reads everything")
     add("--max-new-tokens", type=int, default=24)
     arguments = parser.parse_args()
-    if (arguments.model is None) != (arguments.prompt is None):
-        parser.error("--model and --prompt must be given together")
+    if arguments.prompt is not None and arguments.model is None:
+        parser.error("--prompt needs --model: random weights have no tokenizer")
     if arguments.max_new_tokens < 2:
         parser.error(f"--max-new-tokens must be at least 2, got {arguments.max_new_tokens}")
     if "RANK" not in os.environ:
@@ -104,7 +104,7 @@ def generate(
     arguments: argparse.Namespace, folder: str, device: torch.device, console: Console
 ) -> None:
     model = load(folder, getattr(torch, arguments.dtype), device)
-    if arguments.model is None:
+    if arguments.prompt is None:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (1, 1500), generator=generator)
     else:
@@ -125,7 +125,7 @@ def generate(
             do_sample=False,  # drawn tokens would have to be drawn alike in all processes
         )
     new = output[0, ids.shape[1] :].tolist()
-    console.print(f"tokens: {new}" if arguments.model is None else tokenizer.decode(new))
+    console.print(f"tokens: {new}" if arguments.prompt is None else tokenizer.decode(new))
     own = handle.stats.tokens_read().shape[1]
     stats = handle.gather_stats()  # by all processes together
     console.print(stats.table())

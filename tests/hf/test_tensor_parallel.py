@@ -185,5 +185,50 @@ def test_gathered_mass_is_that_of_one_process(results, case):
     assert (gathered.true < 1).any()
 
 
+# ---------------------------------------------------------------- the example
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tensor_parallel.py"
+
+
+def tokens_of(done: subprocess.CompletedProcess[str]) -> list[int]:
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.partition("tokens: [")[2].partition("]")[0]
+    return [int(token) for token in text.split(",")]
+
+
+def test_the_example_writes_what_one_process_writes(tmp_path):
+    save_model("llama", tmp_path)
+    arguments = ("--model", str(tmp_path), "--preset", "none", "--max-new-tokens", "5")
+    both, one = (torchrun(ranks, EXAMPLE, *arguments) for ranks in (RANKS, 1))
+    assert tokens_of(both) == tokens_of(one)
+    assert len(tokens_of(both)) == 5
+    for done, heads in ((both, 1), (one, 2)):
+        assert f"over gloo on cpu, {heads} of 2 KV heads in each" in done.stdout
+        assert done.stdout.count("KV tokens read, 4 decode steps") == 1
+
+
+def test_the_example_reads_less_by_a_preset():
+    done = torchrun(RANKS, EXAMPLE, "--max-new-tokens", "3")
+    assert len(tokens_of(done)) == 3
+    assert "2 processes over gloo on cpu, 2 of 4 KV heads in each" in done.stdout
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("│   all"))
+    assert 0 < float(row.split("│")[2].strip(" %")) < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "start this with torchrun"),
+        (("--max-new-tokens", "1"), "must be at least 2, got 1"),
+        (("--prompt", "Once"), "--prompt needs --model"),
+    ],
+)
+def test_the_example_says_what_is_wrong(arguments, message):
+    command = [sys.executable, str(EXAMPLE), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]))
