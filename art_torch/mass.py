@@ -47,6 +47,24 @@ class MassSums:
         if estimated is not None:
             self.estimated.append(estimated.double().mean())
 
+    def per_step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """True, lowest and estimated share of each step, float64 ``[steps]`` on the CPU.
+
+        Of the estimates there are fewer where some steps were not guided.
+        """
+        nothing = torch.empty(0, dtype=torch.float64)
+        parts = (self.true, self.lowest, self.estimated)
+        true, lowest, estimated = (torch.stack(p).cpu() if p else nothing for p in parts)
+        return true, lowest, estimated
+
+    @classmethod
+    def of_steps(cls, true: Tensor, lowest: Tensor, estimated: Tensor) -> MassSums:
+        """Sums with what :meth:`per_step` gives."""
+        sums = cls()
+        sums.true, sums.lowest = list(true), list(lowest)
+        sums.estimated = list(estimated)
+        return sums
+
     def means(self) -> tuple[float, float, float]:
         """The numbers of :class:`MassRead`."""
         estimated = float(torch.stack(self.estimated).mean()) if self.estimated else torch.nan

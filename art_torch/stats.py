@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from art_torch.mass import MassRead, MassSums
+from art_torch.rank_stats import LayerShare
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -237,6 +238,35 @@ class ReadStats:
             return torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         present = [value for chunk in counts.kept_present for value in chunk]
         return torch.cat([chunk.cpu() for chunk in counts.kept_read]), torch.tensor(present)
+
+    # ---------------------------------------------------------------- several ranks
+
+    def shares(self) -> dict[int, LayerShare]:
+        """The counts of each layer, on the CPU, to be sent to other ranks."""
+        shares = {}
+        for layer in self.layers:
+            counts = self._layers[layer]
+            read, present = self._totals(counts)
+            mass = self._mass.get(layer, MassSums()).per_step()
+            shares[layer] = LayerShare(
+                read, present, self._steps_of(counts), *self.per_step(layer), mass
+            )
+        return shares
+
+    @classmethod
+    def of_shares(cls, shares: dict[int, LayerShare], exact_fallbacks: int) -> ReadStats:
+        """Statistics with the counts of :meth:`shares`, to be asked and shown."""
+        stats = cls()
+        for layer, share in shares.items():
+            counts = stats._layers[layer] = _LayerCounts(stats._kept_steps)
+            counts.read, counts.present, counts.steps = share.read, share.present, share.steps
+            if len(share.step_read):
+                counts.kept_read.append(share.step_read)
+                counts.kept_present.append(share.step_present.tolist())
+            if len(share.mass[0]):
+                stats._mass[layer] = MassSums.of_steps(*share.mass)
+        stats._exact_fallbacks = exact_fallbacks
+        return stats
 
     def _steps_of(self, counts: _LayerCounts) -> int:
         on_device = 0 if counts.device_steps is None else int(counts.device_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import (
@@ -24,7 +24,11 @@ from art_torch.integrations.transformers.attention import (
 from art_torch.integrations.transformers.masks import art_mask
 from art_torch.integrations.transformers.plan import least_guided_bytes
 from art_torch.ops import DecodeResult
+from art_torch.rank_stats import all_shares, join_shares
 from art_torch.stats import ReadStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PatchHandle", "patch_model"]
 
@@ -68,6 +72,27 @@ class PatchHandle:
             _SwitchedConfig.release(config)
         if self._generation is not None:
             self._generation.disable_compile = self._disable_compile
+
+    def gather_stats(self, group: ProcessGroup | None = None) -> ReadStats:
+        """Statistics of all KV heads of a tensor-parallel model, of which a rank has some.
+
+        Every rank of the group must call it, after the same steps; all of them get the result. It
+        can be called after the model was unpatched, while torch.distributed is initialised.
+
+        Args:
+            group: The ranks among which the heads are split; None for all ranks.
+
+        Returns:
+            New statistics; those of this rank stay as they are in ``stats``.
+
+        Raises:
+            RuntimeError: torch.distributed is not available, or not initialised.
+            ValueError: This rank is not in the group, the ranks have not taken the same steps, or
+                their heads together are not those of the model.
+        """
+        heads = {_layer_index(module): _num_kv_heads(module) for module in self._modules}
+        shares = join_shares(all_shares(self.stats.shares(), group), heads)
+        return ReadStats.of_shares(shares, self.stats.exact_fallbacks)
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -170,6 +195,15 @@ def patch_model(
 
 def _layer_index(module: nn.Module) -> int:
     return module.layer_idx  # type: ignore[return-value]
+
+
+def _num_kv_heads(module: nn.Module) -> int:
+    """KV heads of a layer in the whole model, however many of them this rank has."""
+    config: Any = module.config
+    groups = getattr(module, "num_key_value_groups", None)
+    if isinstance(groups, int):  # where layers differ, the config does not tell
+        return int(config.num_attention_heads // groups)
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:

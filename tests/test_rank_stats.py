@@ -1,0 +1,91 @@
+"""Statistics of several ranks, put together: what is refused, and how heads are joined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from art_torch.rank_stats import all_shares, join_shares
+from art_torch.stats import ReadStats
+
+
+def counted(read: list[list[int]], present: int = 10) -> ReadStats:
+    """Steps of layer 3, of one row; ``read`` is ``[steps][num_kv_heads]``."""
+    stats = ReadStats()
+    for of_step in read:
+        stats.add(3, torch.tensor([of_step], dtype=torch.int32), present)
+    return stats
+
+
+def join(ranks: list[ReadStats], num_kv_heads: int) -> ReadStats:
+    return ReadStats.of_shares(join_shares([s.shares() for s in ranks], {3: num_kv_heads}), 0)
+
+
+def test_heads_follow_one_another_in_the_order_of_the_ranks():
+    joined = join([counted([[1, 2], [3, 4]]), counted([[5, 6], [7, 8]])], 4)
+    assert joined.tokens_read().tolist() == [[4, 6, 12, 14]]
+    assert joined.tokens_present().tolist() == [20]
+    assert joined.steps == 2
+    read, present = joined.per_step(3)
+    assert read.tolist() == [[1, 2, 5, 6], [3, 4, 7, 8]]
+    assert present.tolist() == [10, 10]
+    assert joined.read_fraction() == pytest.approx(36 / 80)
+
+
+def test_ranks_that_have_all_heads_are_counted_once():
+    joined = join([counted([[1, 2]]), counted([[1, 2]])], 2)
+    assert joined.tokens_read().tolist() == [[1, 2]]
+
+
+def test_steps_counted_on_the_device_are_joined():
+    ranks = []
+    for read in ([1, 2], [3, 4]):
+        stats = ReadStats()
+        lens = torch.tensor([9], dtype=torch.int32)
+        stats.add_on_device(3, torch.tensor([read], dtype=torch.int32), lens, None)
+        ranks.append(stats)
+    joined = join(ranks, 4)
+    assert joined.tokens_read().tolist() == [[1, 2, 3, 4]]
+    assert joined.tokens_present().tolist() == [9]
+    assert joined.steps == 1
+
+
+def test_mass_is_a_mean_over_all_heads():
+    first, second = counted([[1, 2, 3]]), counted([[4]])
+    first.add_mass(3, torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0.5, 0.5, 0.5]]))
+    second.add_mass(3, torch.tensor([[0.6]]), torch.tensor([[0.1]]))
+    mass = join([first, second], 4).mass_read()
+    assert float(mass.true) == pytest.approx(0.75)
+    assert float(mass.lowest) == pytest.approx(0.6)
+    assert float(mass.estimated) == pytest.approx(0.4)
+
+
+def test_no_step_of_any_rank():
+    joined = join([ReadStats(), ReadStats()], 4)
+    with pytest.raises(ValueError, match="no decode step has run"):
+        joined.read_fraction()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_kv_heads", "message"),
+    [
+        ([counted([[1]]), ReadStats()], 2, r"same layers, got \[3\] on rank 0 and \[\] on rank 1"),
+        (
+            [counted([[1]]), counted([[1], [2]])],
+            2,
+            "same steps, got 1 with 10 tokens of layer 3 on rank 0, 2 with 20 on rank 1",
+        ),
+        ([counted([[1]]), counted([[1]], present=9)], 2, "1 with 9 on rank 1"),
+        ([counted([[1]]), counted([[1]])], 4, r"has 4 KV heads, the ranks have counted \[1, 1\]"),
+    ],
+)
+def test_ranks_that_do_not_fit_together(ranks, num_kv_heads, message):
+    with pytest.raises(ValueError, match=message):
+        join(ranks, num_kv_heads)
+
+
+def test_gathering_needs_torch_distributed():
+    assert not dist.is_initialized()
+    with pytest.raises(RuntimeError, match="start the script with torchrun"):
+        all_shares({}, None)
