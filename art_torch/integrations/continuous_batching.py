@@ -99,14 +99,16 @@ class ContinuousBatching:
         if not self.active:
             return
         self.active = False
-        self._hook.remove()
-        # A manager that is kept has tokens of ART in its cache, and may have it in its CUDA graphs.
-        self.handle.model.destroy_cached_continuous_batching_manager()
-        for module in self._modules:
-            module.config = module._art_own_config
-            del module._art_own_config
-        if self.handle.active:
-            self.handle.take_configs(self._configs)
+        try:
+            # A manager that is kept has tokens of ART in its cache, and it may be in CUDA graphs.
+            self.handle.model.destroy_cached_continuous_batching_manager()
+        finally:
+            self._hook.remove()
+            for module in self._modules:
+                module.config = module._art_own_config
+                del module._art_own_config
+            if self.handle.active:
+                self.handle.take_configs(self._configs)
 
     def __enter__(self) -> ContinuousBatching:
         return self

@@ -208,6 +208,19 @@ def test_calls_agree_with_the_reference(tiny, name, walk):
         assert (fractions[layer] == 1.0).all() == (layer in sliding)
 
 
+def test_tokens_are_those_of_generate_with_the_same_rule(tiny):
+    model, prompts = tiny("llama"), prompts_of(200, 90, 260)
+    with art_torch.patch(model, CRITERION, measure_mass=True, **SIZES) as alone:
+        expected = generated(model, prompts)
+    with enabled(model, CRITERION, measure_mass=True, **SIZES) as (together, _):
+        assert answers(model, prompts) == expected
+    assert torch.equal(together.stats.tokens_read(), alone.stats.tokens_read())
+    assert torch.equal(together.stats.tokens_present(), alone.stats.tokens_present())
+    assert (together.stats.mass_read().lowest < 1.0).all()
+    torch.testing.assert_close(together.stats.mass_read().lowest, alone.stats.mass_read().lowest)
+    assert expected != generated(model, prompts)
+
+
 def test_nothing_is_gathered_for_decode_rows(tiny, monkeypatch):
     """transformers' own update copies all keys that a batch reads."""
     model, gathered = tiny("llama"), []
