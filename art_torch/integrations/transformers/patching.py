@@ -93,6 +93,23 @@ class PatchHandle:
         heads = {_layer_index(module): _num_kv_heads(module) for module in self._modules}
         shares = join_shares(all_shares(self.stats.shares(), group), heads)
         return ReadStats.of_shares(shares, self.stats.exact_fallbacks)
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The attention modules that are patched."""
+        return self._modules
+
+    def return_configs(self) -> list[PreTrainedConfig]:
+        """Gives the model its configs back, as they were, until :meth:`take_configs`."""
+        configs, self._configs = self._configs, []
+        for config in configs:
+            _SwitchedConfig.release(config)
+        return configs
+
+    def take_configs(self, configs: list[PreTrainedConfig]) -> None:
+        """Switches configs again that :meth:`return_configs` returned."""
+        self._configs = configs
+        for config in configs:
+            _SwitchedConfig.acquire(config)
 
     def __enter__(self) -> PatchHandle:
         return self
