@@ -125,6 +125,7 @@ def patch_model(
     on_call: OnCall | None,
     measure_mass: bool = False,
     exact_where_faster: bool = True,
+    dense_every: int | None = None,
 ) -> PatchHandle:
     """Patches a model; :func:`art_torch.patch` documents the arguments."""
     if not isinstance(model, PreTrainedModel):
@@ -162,6 +163,7 @@ def patch_model(
             on_call=on_call,
             measure_mass=measure_mass,
             least_guided_bytes=least_bytes,
+            dense_every=dense_every,
         )
     AttentionInterface.register("art", art_attention)
     AttentionMaskInterface.register("art", art_mask)
