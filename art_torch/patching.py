@@ -63,7 +63,7 @@ def patch(
     (SmolLM2-135M on texts of many kinds, by benchmarks/bench_guided.py; the README has the table).
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or one of peft around it.
         criterion: When to stop: the name of a preset (with ``walk="guided"``), a
             :class:`~art_torch.Stability`, a :class:`~art_torch.ResidualMass` (with
             ``walk="guided"``), or both of them joined by ``|`` or ``&``; None for exact attention

@@ -48,6 +48,7 @@ class LayerSettings:
         measure_mass: Whether the softmax mass that each call reads is measured.
         least_guided_bytes: Keys and values below which a layer is not guided.
         dense_every: A step is exact when it makes the tokens of a row a multiple of this.
+        windows: Of all layers, as in an ``ARTCache`` of the model; None if it can have none.
         single_pages: int32 ``[batch, 1]``, the page table of a dense cache.
     """
 
@@ -61,6 +62,7 @@ class LayerSettings:
     measure_mass: bool = False
     least_guided_bytes: int = 0
     dense_every: int | None = None
+    windows: tuple[Any, ...] | None = None
     single_pages: Tensor | None = None
 
     @property
@@ -126,6 +128,11 @@ def art_attention(
     if layer is not None:
         new, layer.pending = layer.pending, None
         if new is not None:
+            if value is not new[1]:
+                raise RuntimeError(
+                    f"{type(module).__name__} computes with cached values before its attention, and "
+                    "an ARTCache hands over the new ones only: use a DynamicCache"
+                )
             key = new[0]  # without the mark, whose checks take time
     logits = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     own = dict(kwargs, dropout=dropout, sliding_window=sliding_window, **logits)
@@ -141,6 +148,11 @@ def art_attention(
         raise RuntimeError(
             "ARTCache works with a patched model only, and this model is not: use "
             "`with art_torch.patch(model, criterion):` (criterion=None is exact)"
+        )
+    if layer.windows != settings.windows:
+        raise ValueError(
+            "this ARTCache was made for another model, whose layers have other windows: use "
+            "ARTCache(model.config)"
         )
     if settings.guided and not layer.is_sliding and layer.table.codes is None:
         _check_codes_can_start(layer)

@@ -14,7 +14,7 @@ from art_torch.cache import PageTable
 from art_torch.integrations.transformers.layer import NOT_PATCHED, ARTLayer
 from art_torch.page_storage import MemoryBudget
 
-__all__ = ["ARTCache"]
+__all__ = ["ARTCache", "layer_windows"]
 
 DEFAULT_PAGE_SIZE = 64
 
@@ -62,7 +62,7 @@ class ARTCache(Cache):
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
         text_config = config.get_text_config(decoder=True)
-        windows = _layer_windows(text_config)
+        windows = layer_windows(config)
         kinds = [window for window in windows if window != "dummy"]
         self.budget = MemoryBudget(max_bytes)
         self.tables = {
@@ -84,7 +84,7 @@ class ARTCache(Cache):
             if window == "dummy":
                 layers.append(_DummyLayer())  # type: ignore[misc]
                 continue
-            layers.append(ARTLayer(self.tables[window], window not in led, lends))
+            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows))
             led.add(window)
         super().__init__(layers=layers)
 
@@ -106,7 +106,13 @@ class ARTCache(Cache):
         Raises:
             RuntimeError: The attention before this one did not read the pages: the model is not
                 patched.
+            ValueError: The cache was made for a model with fewer layers.
         """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"this ARTCache was made for a model of {len(self.layers)} layers, and layer "
+                f"{layer_idx} of another one asks for its keys: use ARTCache(model.config)"
+            )
         if self._unused is not None and self._unused.pending is not None:
             raise RuntimeError(NOT_PATCHED)
         self._unused = layer = self.layers[layer_idx]
@@ -210,8 +216,13 @@ class ARTCache(Cache):
             layer.padded_len = 0
 
 
-def _layer_windows(config: PreTrainedConfig) -> list[Any]:
-    """Of each layer: the window, 0 for full attention, or "dummy" for one without a cache."""
+def layer_windows(config: PreTrainedConfig) -> tuple[Any, ...]:
+    """Of each layer: the window, 0 for full attention, or "dummy" for one without a cache.
+
+    Raises:
+        ValueError: An ``ARTCache`` cannot hold the keys of such a model.
+    """
+    config = config.get_text_config(decoder=True)
     per_layer = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     if any(getattr(part, "attention_chunk_size", None) is not None for part in per_layer):
         raise ValueError(
@@ -222,6 +233,11 @@ def _layer_windows(config: PreTrainedConfig) -> list[Any]:
         raise ValueError(
             f"{config.model_type}: ARTCache does not hold the latent keys of MLA; use a "
             "DynamicCache"
+        )
+    if getattr(config, "cross_attention_layers", None):
+        raise ValueError(
+            f"{config.model_type}: ARTCache does not hold the keys of cross-attention layers; use "
+            "a DynamicCache"
         )
     windows: list[Any] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
@@ -236,4 +252,4 @@ def _layer_windows(config: PreTrainedConfig) -> list[Any]:
                 f"{config.model_type}: ARTCache holds full and sliding-window attention, and layer "
                 f"{index} needs {type(layer).__name__}; use a DynamicCache"
             )
-    return windows
+    return tuple(windows)
