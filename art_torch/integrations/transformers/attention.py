@@ -130,8 +130,8 @@ def art_attention(
         if new is not None:
             if value is not new[1]:
                 raise RuntimeError(
-                    f"{type(module).__name__} computes with cached values before its attention, and "
-                    "an ARTCache hands over the new ones only: use a DynamicCache"
+                    f"{type(module).__name__} computes with cached values before its attention, "
+                    "and an ARTCache hands over the new ones only: use a DynamicCache"
                 )
             key = new[0]  # without the mark, whose checks take time
     logits = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}

@@ -204,8 +204,8 @@ class ARTLayer(CacheLayerMixin):
         held, got = (storage.num_kv_heads, storage.head_dim), (key.shape[1], key.shape[3])
         if held != got:
             raise ValueError(
-                f"this ARTCache holds {held[0]} KV heads of {held[1]} in this layer, and these keys "
-                f"have {got[0]} of {got[1]}: it was used by another model; make one for each, "
+                f"this ARTCache holds {held[0]} KV heads of {held[1]} in this layer, and these "
+                f"keys have {got[0]} of {got[1]}: it was used by another model; make one for each, "
                 "ARTCache(model.config)"
             )
 
