@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from art_torch import reference
+from art_torch.criteria_file import load_criteria, save_criteria
 from art_torch.criterion import PRESETS, CombinedCriterion, ResidualMass, Stability
 from art_torch.guided import GuidedWalk, encode_keys, guided_walk, key_code_bytes
 from art_torch.ops import DecodeResult, append_kv, decode_attention
@@ -30,8 +31,10 @@ __all__ = [
     "encode_keys",
     "guided_walk",
     "key_code_bytes",
+    "load_criteria",
     "patch",
     "reference",
+    "save_criteria",
 ]
 
 # transformers is imported only when one of these is used.

@@ -35,6 +35,7 @@ def patch(
     *,
     skip_layers: Iterable[int] = (),
     per_layer: Mapping[int, Criterion | str | None] | None = None,
+    dense_every: int | None = None,
     num_pinned: int | None = None,
     block_size: int = 64,
     unit_size: int = 16,
@@ -62,7 +63,7 @@ def patch(
     (SmolLM2-135M on texts of many kinds, by benchmarks/bench_guided.py; the README has the table).
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or one of peft around it.
         criterion: When to stop: the name of a preset (with ``walk="guided"``), a
             :class:`~art_torch.Stability`, a :class:`~art_torch.ResidualMass` (with
             ``walk="guided"``), or both of them joined by ``|`` or ``&``; None for exact attention
@@ -72,6 +73,10 @@ def patch(
             it switches on. Layers with a sliding window then read all of their window.
         skip_layers: Layers that stay exact.
         per_layer: Other criteria for some layers: as ``criterion``, None is exact.
+            :func:`art_torch.load_criteria` reads them from a file.
+        dense_every: Every so many decode steps one is exact in all layers: those after which the
+            cache holds a multiple of this many tokens, pads counted. 1 makes all steps exact; None
+            adds no exact steps.
         num_pinned: Units read before anything is decided; see :func:`art_torch.decode_attention`.
         block_size: Tokens between two decisions.
         unit_size: Tokens a unit of the walk.
@@ -109,6 +114,8 @@ def patch(
         raise ValueError(
             f"block_size must be a positive multiple of unit_size, got {block_size} and {unit_size}"
         )
+    if dense_every is not None:
+        _check_dense_every(dense_every)
     if num_pinned is not None and num_pinned < 0:
         raise ValueError(f"num_pinned must not be negative, got {num_pinned}")
 
@@ -126,11 +133,26 @@ def patch(
     if num_pinned is not None:
         options["num_pinned"] = num_pinned
     handle = patch_model(
-        model, rule, options, skip_layers, others, on_call, measure_mass, exact_where_faster
+        model,
+        rule,
+        options,
+        skip_layers,
+        others,
+        on_call,
+        measure_mass,
+        exact_where_faster,
+        dense_every,
     )
     if rule is not None or any(other is not None for other in others.values()):
         logger.warning("walk %r with a stopping rule: %s", walk, WALKS[walk])
     return handle
+
+
+def _check_dense_every(value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"dense_every must be an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"dense_every must be at least 1, got {value}")
 
 
 def _criterion_for(walk: str, name: str, value: Criterion | str | None) -> Criterion | None:

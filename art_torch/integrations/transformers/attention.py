@@ -18,7 +18,7 @@ from art_torch import ops
 from art_torch.integrations.transformers.exact import causal_mask, exact_attention
 from art_torch.integrations.transformers.layer import ARTLayer, layer_of
 from art_torch.integrations.transformers.masks import MaskInfo, info_of
-from art_torch.integrations.transformers.plan import plan_dense, plan_paged
+from art_torch.integrations.transformers.plan import pin_all_where, plan_dense, plan_paged
 from art_torch.mass import mass_read
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class LayerSettings:
         on_call: Called after each call of the operator with (layer, arguments, result).
         measure_mass: Whether the softmax mass that each call reads is measured.
         least_guided_bytes: Keys and values below which a layer is not guided.
+        dense_every: A step is exact when it makes the tokens of a row a multiple of this.
+        windows: Of all layers, as in an ``ARTCache`` of the model; None if it can have none.
         single_pages: int32 ``[batch, 1]``, the page table of a dense cache.
     """
 
@@ -59,12 +61,18 @@ class LayerSettings:
     on_call: Callable[[int, dict[str, Any], ops.DecodeResult], None] | None = None
     measure_mass: bool = False
     least_guided_bytes: int = 0
+    dense_every: int | None = None
+    windows: tuple[Any, ...] | None = None
     single_pages: Tensor | None = None
 
     @property
     def guided(self) -> bool:
         """Whether the layer asks for the guided walk."""
         return bool(self.options["walk"] == "guided")
+
+    def is_dense_step(self, tokens: int) -> bool:
+        """Whether the step that brings a row to so many tokens, pads included, reads everything."""
+        return self.dense_every is not None and tokens % self.dense_every == 0
 
     def note_once(self, text: str) -> None:
         """Logs what a user should know, once per model; a compiled step logs nothing."""
@@ -120,6 +128,11 @@ def art_attention(
     if layer is not None:
         new, layer.pending = layer.pending, None
         if new is not None:
+            if value is not new[1]:
+                raise RuntimeError(
+                    f"{type(module).__name__} computes with cached values before its attention, "
+                    "and an ARTCache hands over the new ones only: use a DynamicCache"
+                )
             key = new[0]  # without the mark, whose checks take time
     logits = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     own = dict(kwargs, dropout=dropout, sliding_window=sliding_window, **logits)
@@ -135,6 +148,11 @@ def art_attention(
         raise RuntimeError(
             "ARTCache works with a patched model only, and this model is not: use "
             "`with art_torch.patch(model, criterion):` (criterion=None is exact)"
+        )
+    if layer.windows != settings.windows:
+        raise ValueError(
+            "this ARTCache was made for another model, whose layers have other windows: use "
+            "ARTCache(model.config)"
         )
     if settings.guided and not layer.is_sliding and layer.table.codes is None:
         _check_codes_can_start(layer)
@@ -237,6 +255,7 @@ def _decode_paged(
         settings,
         logits,
         plan_paged(settings, layer),
+        _dense_now(settings, layer),
         query=query[:, :, 0],
         key_cache=storage.key_cache,
         value_cache=storage.value_cache,
@@ -283,7 +302,9 @@ def _decode_dense(
     result = _call(
         settings,
         logits,
-        plan_dense(settings),
+        # Without a mask a window is not full, or there is none: all tokens are there.
+        plan_dense(settings, tokens if info is None else info.start + 1),
+        None,
         query=query[:, :, 0],
         key_cache=key.transpose(1, 2),
         value_cache=value.transpose(1, 2),
@@ -296,14 +317,30 @@ def _decode_dense(
     return result.out.unsqueeze(1), None
 
 
+def _dense_now(settings: LayerSettings, layer: ARTLayer) -> Tensor | None:
+    """Bool ``[]``: whether a step on a preallocated cache reads everything; None if it never is."""
+    table = layer.table
+    if settings.dense_every is None or not table.static_len:
+        return None  # plan_paged knows
+    assert table.padded_tensor is not None
+    return table.padded_tensor % settings.dense_every == 0
+
+
 def _call(
-    settings: LayerSettings, logits: dict[str, Any], plan: dict[str, Any], **arguments: Any
+    settings: LayerSettings,
+    logits: dict[str, Any],
+    plan: dict[str, Any],
+    dense: Tensor | None,
+    **arguments: Any,
 ) -> ops.DecodeResult:
     if logits["softcap"]:
         arguments["softcap"] = logits["softcap"]
     if logits["s_aux"] is not None:
         arguments["attn_sinks"] = logits["s_aux"]
     arguments.update(plan, scale=logits["scaling"])
+    if dense is not None and arguments["criterion"] is not None:
+        most = arguments["block_table"].shape[-1] * arguments["key_cache"].shape[1]
+        arguments = pin_all_where(dense, most, arguments)
     result = ops.decode_attention(**arguments)
     if settings.measure_mass:
         settings.stats.add_mass(settings.layer, *mass_read(arguments, result))

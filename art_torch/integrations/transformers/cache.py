@@ -8,18 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, cache_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from art_torch.cache import PageTable
 from art_torch.integrations.transformers.layer import NOT_PATCHED, ARTLayer
 from art_torch.page_storage import MemoryBudget
 
-__all__ = ["ARTCache"]
+__all__ = ["ARTCache", "layer_windows"]
 
 DEFAULT_PAGE_SIZE = 64
 
 # Stands for a layer that reads the keys of another one; 5.17 leaves such layers out instead.
 _DummyLayer: type | None = getattr(cache_utils, "DummyLayer", None)
+
+# Of layer_windows, for layers whose keys are not in pages.
+_DUMMY, _LINEAR = "dummy", "linear"
 
 
 class ARTCache(Cache):
@@ -27,7 +36,8 @@ class ARTCache(Cache):
 
     New tokens are written in place, memory grows by whole pages without copying old ones, pad
     tokens are never stored, and beams share their common pages until one of them writes. Layers
-    with a sliding window hand back the pages that left it.
+    with a sliding window hand back the pages that left it. Layers of linear attention keep their
+    states as in any other cache.
 
     Args:
         config: The model's config (``model.config``).
@@ -41,8 +51,9 @@ class ARTCache(Cache):
 
     Raises:
         TypeError: ``config`` is not a model config.
-        ValueError: The page size does not fit, the model has layers that are neither full nor
-            sliding-window attention, or ``key_codes`` is asked for and no layer is full attention.
+        ValueError: The page size does not fit, the model has layers that are neither full,
+            sliding-window nor linear attention, or linear ones only, or ``key_codes`` is asked for
+            and no layer is full attention.
     """
 
     layers: list[Any]
@@ -62,8 +73,8 @@ class ARTCache(Cache):
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
         text_config = config.get_text_config(decoder=True)
-        windows = _layer_windows(text_config)
-        kinds = [window for window in windows if window != "dummy"]
+        windows = layer_windows(config)
+        kinds = [window for window in windows if isinstance(window, int)]
         self.budget = MemoryBudget(max_bytes)
         self.tables = {
             window: PageTable(page_size, window or None, self.budget, kinds.count(window))
@@ -78,13 +89,14 @@ class ARTCache(Cache):
         self.page_size = page_size
         self._unused: ARTLayer | None = None
         layers: list[Any] = []
-        lends = "dummy" in windows or bool(getattr(text_config, "num_kv_shared_layers", None))
+        lends = _DUMMY in windows or bool(getattr(text_config, "num_kv_shared_layers", None))
+        others = DynamicCache(config=text_config).layers
         led: set[Any] = set()
-        for window in windows:
-            if window == "dummy":
-                layers.append(_DummyLayer())  # type: ignore[misc]
+        for index, window in enumerate(windows):
+            if not isinstance(window, int):
+                layers.append(others[index])
                 continue
-            layers.append(ARTLayer(self.tables[window], window not in led, lends))
+            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows))
             led.add(window)
         super().__init__(layers=layers)
 
@@ -106,7 +118,13 @@ class ARTCache(Cache):
         Raises:
             RuntimeError: The attention before this one did not read the pages: the model is not
                 patched.
+            ValueError: The cache was made for a model with fewer layers.
         """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"this ARTCache was made for a model of {len(self.layers)} layers, and layer "
+                f"{layer_idx} of another one asks for its keys: use ARTCache(model.config)"
+            )
         if self._unused is not None and self._unused.pending is not None:
             raise RuntimeError(NOT_PATCHED)
         self._unused = layer = self.layers[layer_idx]
@@ -147,6 +165,9 @@ class ARTCache(Cache):
     def _paged(self) -> list[ARTLayer]:
         return [layer for layer in self.layers if isinstance(layer, ARTLayer)]
 
+    def _linear(self) -> list[LinearAttentionLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of every row.
 
@@ -155,7 +176,8 @@ class ARTCache(Cache):
 
         Raises:
             ValueError: It is positive, or there are not that many tokens.
-            RuntimeError: A sliding window has dropped tokens that would be visible again.
+            RuntimeError: A sliding window has dropped tokens that would be visible again, or a
+                layer of linear attention cannot go back.
         """
         tokens_to_remove = int(tokens_to_remove)  # generate() passes a tensor
         if tokens_to_remove > 0:
@@ -171,6 +193,13 @@ class ARTCache(Cache):
                     f"layer {index} has seen {layer.padded_len} tokens, too few to crop to {end}: "
                     "a forward pass was interrupted; crop more tokens or reset() the cache"
                 )
+        for layer in self._linear() if tokens_to_remove else ():
+            if not layer.is_croppable:
+                raise RuntimeError(
+                    "cannot crop: the model has layers of linear attention, whose states do not "
+                    "go back; reset() the cache"
+                )
+            layer.crop(tokens_to_remove)
         for table in self.tables.values():
             table.crop(table.padded_len - end)
         for layer in self._paged():
@@ -193,7 +222,10 @@ class ARTCache(Cache):
         self._edit()
         index = torch.as_tensor(rows).cpu().numpy()
         for table in self.tables.values():
-            table.select_rows(np.arange(table.batch)[index])
+            chosen = np.arange(table.batch)[index]
+            table.select_rows(chosen)
+        for layer in self._linear():
+            layer.reorder_cache(torch.from_numpy(chosen))
 
     def _edit(self) -> None:
         self._leave_static()
@@ -206,12 +238,19 @@ class ARTCache(Cache):
         self._edit()
         for table in self.tables.values():
             table.reset()
+        for linear in self._linear():
+            linear.reset()
         for layer in self._paged():
             layer.padded_len = 0
 
 
-def _layer_windows(config: PreTrainedConfig) -> list[Any]:
-    """Of each layer: the window, 0 for full attention, or "dummy" for one without a cache."""
+def layer_windows(config: PreTrainedConfig) -> tuple[Any, ...]:
+    """Of each layer: the window, 0 for full attention, or a name for one without pages.
+
+    Raises:
+        ValueError: An ``ARTCache`` cannot hold the keys of such a model.
+    """
+    config = config.get_text_config(decoder=True)
     per_layer = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     if any(getattr(part, "attention_chunk_size", None) is not None for part in per_layer):
         raise ValueError(
@@ -223,6 +262,11 @@ def _layer_windows(config: PreTrainedConfig) -> list[Any]:
             f"{config.model_type}: ARTCache does not hold the latent keys of MLA; use a "
             "DynamicCache"
         )
+    if getattr(config, "cross_attention_layers", None):
+        raise ValueError(
+            f"{config.model_type}: ARTCache does not hold the keys of cross-attention layers; use "
+            "a DynamicCache"
+        )
     windows: list[Any] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
@@ -230,10 +274,17 @@ def _layer_windows(config: PreTrainedConfig) -> list[Any]:
         elif type(layer) is DynamicSlidingWindowLayer:
             windows.append(layer.sliding_window)
         elif type(layer) is _DummyLayer:
-            windows.append("dummy")
+            windows.append(_DUMMY)
+        elif type(layer) is LinearAttentionLayer:
+            windows.append(_LINEAR)
         else:
             raise ValueError(
                 f"{config.model_type}: ARTCache holds full and sliding-window attention, and layer "
                 f"{index} needs {type(layer).__name__}; use a DynamicCache"
             )
-    return windows
+    if all(window == _LINEAR for window in windows):
+        raise ValueError(
+            f"{config.model_type}: ARTCache holds full and sliding-window attention, and this "
+            "model has neither; use a DynamicCache"
+        )
+    return tuple(windows)

@@ -69,13 +69,16 @@ class ARTLayer(CacheLayerMixin):
         table: Shared by all layers with the same window.
         leads: Whether this is the first layer of its table in a forward pass.
         lends: Whether other layers may read the keys of this one.
+        windows: Of all layers of the model that the cache was made for.
     """
 
     is_croppable = True
 
-    def __init__(self, table: PageTable, leads: bool, lends: bool) -> None:
+    def __init__(
+        self, table: PageTable, leads: bool, lends: bool, windows: tuple[Any, ...]
+    ) -> None:
         super().__init__()
-        self.table, self.leads, self.lends = table, leads, lends
+        self.table, self.leads, self.lends, self.windows = table, leads, lends, windows
         self.lent: tuple[Tensor, Tensor] | None = None  # dense keys and values of the last pass
         self.storage: PageStorage | None = None
         self.codes: CodeStorage | None = None  # from the first pass on with codes in the table
@@ -147,6 +150,7 @@ class ARTLayer(CacheLayerMixin):
         Raises:
             CacheMemoryError: The memory limit does not allow it. Nothing is stored then.
             RuntimeError: The layers have seen different numbers of tokens.
+            ValueError: The tokens are on another device than the pages, or of other heads.
         """
         table = self.table
         if table.static_len:
@@ -170,10 +174,11 @@ class ARTLayer(CacheLayerMixin):
         self._encode()
 
     def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
+        table, tokens = self.table, key.shape[2]
+        self._check_fits(key)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         self._join_codes()
-        table, tokens = self.table, key.shape[2]
         step = table.step
         if self.padded_len == table.padded_len:
             step = table.begin_step(key.shape[0], tokens, real)
@@ -185,6 +190,24 @@ class ARTLayer(CacheLayerMixin):
             )
         self.padded_len += tokens
         return step
+
+    def _check_fits(self, key: Tensor) -> None:
+        table, storage = self.table, self.storage
+        if table.pages.storages and table.device != key.device:
+            raise ValueError(
+                f"an ARTCache lives on one device: its pages are on {table.device}, and these keys "
+                f"are on {key.device}; make a new cache after moving a model, and use a "
+                "DynamicCache for a model whose layers are on different devices"
+            )
+        if storage is None:
+            return
+        held, got = (storage.num_kv_heads, storage.head_dim), (key.shape[1], key.shape[3])
+        if held != got:
+            raise ValueError(
+                f"this ARTCache holds {held[0]} KV heads of {held[1]} in this layer, and these "
+                f"keys have {got[0]} of {got[1]}: it was used by another model; make one for each, "
+                "ARTCache(model.config)"
+            )
 
     # ---------------------------------------------------------------- key codes
 

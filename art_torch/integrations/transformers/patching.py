@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -21,6 +23,7 @@ from art_torch.integrations.transformers.attention import (
     art_attention,
     settings_of,
 )
+from art_torch.integrations.transformers.cache import layer_windows
 from art_torch.integrations.transformers.masks import art_mask
 from art_torch.integrations.transformers.plan import least_guided_bytes
 from art_torch.ops import DecodeResult
@@ -130,6 +133,7 @@ class _SwitchedConfig:
     """
 
     by_id: dict[int, _SwitchedConfig] = {}  # noqa: RUF012
+    lock = threading.Lock()  # models of several threads may share a config
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
@@ -138,18 +142,20 @@ class _SwitchedConfig:
 
     @classmethod
     def acquire(cls, config: PreTrainedConfig) -> None:
-        entry = cls.by_id.setdefault(id(config), cls(config))
-        entry.users += 1
-        # Not through the property, which would switch the encoders of a multimodal model as well.
-        config._attn_implementation_internal = "art"
+        with cls.lock:
+            entry = cls.by_id.setdefault(id(config), cls(config))
+            entry.users += 1
+            # Not through the property: it would switch the encoders of a multimodal model as well.
+            config._attn_implementation_internal = "art"
 
     @classmethod
     def release(cls, config: PreTrainedConfig) -> None:
-        entry = cls.by_id[id(config)]
-        entry.users -= 1
-        if entry.users == 0:
-            del cls.by_id[id(config)]
-            config._attn_implementation_internal = entry.previous
+        with cls.lock:
+            entry = cls.by_id[id(config)]
+            entry.users -= 1
+            if entry.users == 0:
+                del cls.by_id[id(config)]
+                config._attn_implementation_internal = entry.previous
 
     @classmethod
     def original(cls, config: PreTrainedConfig) -> str | None:
@@ -167,14 +173,18 @@ def patch_model(
     on_call: OnCall | None,
     measure_mass: bool = False,
     exact_where_faster: bool = True,
+    dense_every: int | None = None,
 ) -> PatchHandle:
     """Patches a model; :func:`art_torch.patch` documents the arguments."""
+    if hasattr(model, "get_base_model"):  # of peft: the model its adapters were put into
+        model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     modules = _attention_modules(model)
     _check_patchable(model, modules)
+    devices = _devices_of(model)
     if options["walk"] == "guided":
-        for device in {parameter.device for parameter in model.parameters()}:
+        for device in devices:
             require_guided_device(device)
     layers = sorted({_layer_index(module) for module in modules})
     skipped, overrides = set(skip_layers), dict(per_layer)
@@ -189,8 +199,8 @@ def patch_model(
     # A layer that was named to be exact needs no codes: it reads everything in any order.
     unguided = dict(options, walk="sink_recent") if options["walk"] == "guided" else options
     exact = skipped | {layer for layer, other in overrides.items() if other is None}
-    least_bytes = least_guided_bytes(model.device) if exact_where_faster else 0
-    stats, noted = ReadStats(), set[str]()
+    least_bytes = max(map(least_guided_bytes, devices)) if exact_where_faster else 0
+    stats, noted, windows = ReadStats(), set[str](), _windows_of(model)
     settings = {}
     for module in modules:
         layer = _layer_index(module)
@@ -204,10 +214,29 @@ def patch_model(
             on_call=on_call,
             measure_mass=measure_mass,
             least_guided_bytes=least_bytes,
+            dense_every=dense_every,
+            windows=windows,
         )
     AttentionInterface.register("art", art_attention)
     AttentionMaskInterface.register("art", art_mask)
     return PatchHandle(model, settings)
+
+
+def _devices_of(model: PreTrainedModel) -> set[torch.device]:
+    """Where the modules run; accelerate may keep their weights elsewhere in between."""
+    devices = set()
+    for module in model.modules():
+        runs_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        for parameter in module.parameters(recurse=False):
+            devices.add(parameter.device if runs_on is None else torch.device(runs_on))
+    return devices
+
+
+def _windows_of(model: PreTrainedModel) -> tuple[Any, ...] | None:
+    try:
+        return layer_windows(model.config)
+    except ValueError:  # the cache says why when somebody makes one
+        return None
 
 
 def _layer_index(module: nn.Module) -> int:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from art_torch.criterion import rules_of
-from art_torch.guided import GROUP_TOKENS, UNIT_TOKENS
+from art_torch.guided import GROUP_TOKENS, UNIT_TOKENS, guided_walk
 
 if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
     from art_torch.integrations.transformers.layer import ARTLayer
 
-__all__ = ["least_guided_bytes", "plan_dense", "plan_paged"]
+__all__ = ["least_guided_bytes", "pin_all_where", "plan_dense", "plan_paged"]
+
+_READ_ALL: dict[str, Any] = {"criterion": None, "walk": "sink_recent"}
+
+# What `sink_recent` pins by default: the first and the last of these.
+_ENDS = 64
 
 # In fewer tokens than these the guided walk pins every unit: the first four, the last complete
 # group and what follows it. Pinned units come in ascending order, so this walk has the same bits.
@@ -51,22 +57,66 @@ def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
         Arguments of :func:`art_torch.decode_attention`: criterion, walk and sizes.
     """
     plan = dict(settings.options, criterion=settings.criterion)
+    if not layer.table.static_len and settings.is_dense_step(layer.table.padded_len):
+        return plan | _READ_ALL
     if not settings.guided:
         return plan
     if layer.is_sliding:
         settings.note_once(_WINDOW_NOTE)
-        return plan | {"criterion": None, "walk": "sink_recent"}
+        return plan | _READ_ALL
     if _kv_bytes(layer) < settings.least_guided_bytes:
         settings.note_exact(_EXACT_NOTE % (settings.least_guided_bytes / 1e6))
-        return plan | {"criterion": None, "walk": "sink_recent"}
+        return plan | _READ_ALL
     if not layer.table.static_len and layer.table.longest < _PINNED_TOKENS:
         # Nobody estimates what is left of this walk: ResidualMass has nothing to go by, or to do.
         return plan | _ALL_PINNED | {"criterion": rules_of(settings.criterion).stability}
     return plan | layer.guided_arguments()
 
 
-def plan_dense(settings: LayerSettings) -> dict[str, Any]:
+def pin_all_where(dense: Tensor, most: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Reads everything where a tensor says so: all units come before the first decision.
+
+    Args:
+        dense: Bool ``[]``, on the device.
+        most: More units than any row has.
+        arguments: Of :func:`art_torch.decode_attention`, with a rule and a named walk.
+
+    Returns:
+        The arguments with ``num_pinned`` per row and KV head; of the guided walk, with the walk
+        itself.
+    """
+    arguments = dict(arguments)
+    shape = arguments["query"].shape[0], arguments["key_cache"].shape[2]
+    if arguments["walk"] == "guided":
+        rest = rules_of(arguments["criterion"]).residual_mass is not None
+        names = ("query", "key_cache", "block_table", "seq_lens", "scale", "sliding_window",
+                 "seq_starts", "softcap", "attn_sinks")  # fmt: skip
+        given = {name: arguments[name] for name in names if name in arguments}
+        codes = {name: arguments.pop(name) for name in ("key_codes", "code_table")}
+        walk = guided_walk(**given, **codes, rest=rest)
+        arguments.update(walk=walk.walk, walk_lens=walk.walk_lens)
+        if rest:
+            arguments["log_rest"] = walk.log_rest
+        pinned = walk.num_pinned
+    else:
+        units = arguments.get("num_pinned")
+        if units is None:
+            ends = 2 * -(-_ENDS // arguments["unit_size"])
+            units = ends if arguments["walk"] == "sink_recent" else 0
+        pinned = torch.full(shape, units, dtype=torch.int32, device=dense.device)
+    arguments["num_pinned"] = torch.where(dense, torch.full_like(pinned, most), pinned)
+    return arguments
+
+
+def plan_dense(settings: LayerSettings, tokens: int) -> dict[str, Any]:
     """The step of a layer on any other cache.
+
+    Args:
+        settings: Of the layer.
+        tokens: Tokens a row, the new one and pads included.
+
+    Returns:
+        Arguments of :func:`art_torch.decode_attention`: criterion, walk and sizes.
 
     Raises:
         RuntimeError: The guided walk is asked for.
@@ -77,7 +127,8 @@ def plan_dense(settings: LayerSettings) -> dict[str, Any]:
             'walk="guided" needs the codes of an ARTCache: pass '
             "past_key_values=art_torch.ARTCache(model.config), or choose another walk"
         )
-    return dict(settings.options, criterion=settings.criterion)
+    plan = dict(settings.options, criterion=settings.criterion)
+    return plan | _READ_ALL if settings.is_dense_step(tokens) else plan
 
 
 def _kv_bytes(layer: ARTLayer) -> int:
