@@ -94,9 +94,9 @@ class PagedStep(PagedAttentionCache):
         cache: The cache of transformers.
         decodes: Whether there are decode rows.
         tokens: int64 ``[rows]``, where the queries of the rows are; None where every token is one.
-        prefills: Of the other sequences: index, first token and end. Only where lengths are known
-            on the host; all rows of sequences are decode rows otherwise, see ``is_decode``.
-        is_decode: bool ``[rows]``, which of the rows are to be used; None for all.
+        prefills: Sequences that do not decode: index, first token and end. Empty where every
+            sequence is a row.
+        is_decode: bool ``[rows]``, which rows decode, if only the device knows; None if all do.
     """
 
     def __init__(self, inputs: dict[str, Any]) -> None:
