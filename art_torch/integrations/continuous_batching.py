@@ -49,7 +49,7 @@ def enable(handle: PatchHandle) -> ContinuousBatching:
 
     Raises:
         TypeError: ``handle`` is no handle of :func:`art_torch.patch`.
-        ValueError: The walk is ``"guided"``, or the model has no continuous batching, or one that
+        ValueError: The walk is ``"guided"``, ``dense_every`` was given, or the model has no continuous batching, or one that
             computes something else than the model.
         RuntimeError: This version of transformers is not supported; the model is not patched any
             more, is enabled already, has a manager that was kept from before, or shares its config
@@ -149,7 +149,13 @@ def _check_handle(handle: PatchHandle) -> None:
             f"{name} has no continuous batching in transformers: layers must be of "
             f"{', '.join(_LAYER_TYPES)}, got {', '.join(unknown)}"
         )
-    if any(settings.guided for settings in map(settings_of, handle.modules) if settings):
+    patched = [settings for settings in map(settings_of, handle.modules) if settings]
+    if any(settings.dense_every is not None for settings in patched):
+        raise ValueError(
+            "dense_every counts the tokens of a batch, and sequences of continuous batching have "
+            "lengths of their own: patch without it"
+        )
+    if any(settings.guided for settings in patched):
         raise ValueError(
             'walk="guided" needs the key codes of an ARTCache, and continuous batching has a cache '
             'of its own: patch with another walk, such as "sink_recent"'

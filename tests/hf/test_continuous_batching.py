@@ -475,6 +475,11 @@ def test_refused_handles(tiny):
         pytest.raises(ValueError, match=r'walk="guided" needs .* patch with another walk'),
     ):
         continuous_batching.enable(handle)
+    with (
+        art_torch.patch(model, None, dense_every=8) as handle,
+        pytest.raises(ValueError, match="dense_every counts the tokens .*: patch without it"),
+    ):
+        continuous_batching.enable(handle)
 
 
 @pytest.mark.parametrize("version", ["5.16.1", "5.25.0.dev0", "6.0.0", "4.57.6"])
@@ -509,6 +514,7 @@ def test_refused_models(tiny):
 def test_refused_layer_types():
     model = build("qwen3")
     model.config.layer_types = ["full_attention", "chunked_attention"] * 2
+    model.config.attention_chunk_size = 64
     with (
         art_torch.patch(model, None) as handle,
         pytest.raises(ValueError, match=r"no continuous batching .*, got chunked_attention"),

@@ -16,7 +16,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from art_torch.integrations.transformers.attention import LayerSettings, _call, settings_of
 from art_torch.integrations.transformers.exact import _eager_of
 from art_torch.integrations.transformers.paged_step import LayerPool, PagedStep, layer_pool
-from art_torch.integrations.transformers.plan import plan_dense
 from art_torch.ops import append_kv
 
 __all__ = ["STEP", "paged_attention"]
@@ -94,7 +93,8 @@ def _decode(
     settings: LayerSettings, step: PagedStep, pool: LayerPool, query: Tensor, own: dict[str, Any]
 ) -> Tensor:
     """The outputs of the decode rows, ``[rows, num_q_heads, value_dim]``."""
-    plan, unit_size = plan_dense(settings), settings.options["unit_size"]
+    plan: dict[str, Any] = dict(settings.options, criterion=settings.criterion)
+    unit_size = plan["unit_size"]
     if pool.page_size % unit_size:
         raise ValueError(
             f"page_size (block_size in transformers 5.17) of ContinuousBatchingConfig must be a "
@@ -110,6 +110,7 @@ def _decode(
         settings,
         {name: own.get(name) for name in ("scaling", "softcap", "s_aux")},
         plan,
+        None,
         query=_of_rows(step, query),
         key_cache=pool.key_pages,
         value_cache=pool.value_pages,

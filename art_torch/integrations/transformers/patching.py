@@ -96,6 +96,7 @@ class PatchHandle:
         heads = {_layer_index(module): _num_kv_heads(module) for module in self._modules}
         shares = join_shares(all_shares(self.stats.shares(), group), heads)
         return ReadStats.of_shares(shares, self.stats.exact_fallbacks)
+
     @property
     def modules(self) -> list[nn.Module]:
         """The attention modules that are patched."""
