@@ -16,12 +16,16 @@ struct Target {
 
 const Target& choose_target() {
   // The builtin looks at CPUID and at what the operating system saves (XCR0).
+#if defined(__x86_64__)
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_dot_products =
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#endif
   static const Target targets[] = {
 #if defined(__x86_64__)
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-       avx512::kernels},
+      {"avx512bf16", has_avx512 && has_dot_products, avx512bf16::kernels},
+      {"avx512", has_avx512, avx512::kernels},
       {"avx2",
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c"),

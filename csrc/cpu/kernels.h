@@ -45,6 +45,7 @@ struct GuidedScratch {
   Scratch tile;       // query, scores and keys only
   float* code_query;  // [group_size rounded up to kHeadsPerPass, 4, padded fields]
   float* scaled;      // the same, times the scales of a group
+  // Units by groups, from that of the first visible token on.
   float* unit_max;    // [group_size, padded max_units]: largest logit
   float* unit_sum;    // [group_size, padded max_units]: sum of exp(logit - max)
   int16_t* unit_lse;  // [group_size, padded max_units]: in steps, see core/unit_order.h
@@ -71,6 +72,9 @@ namespace avx2 {
 const Kernels& kernels(DType dtype);
 }
 namespace avx512 {
+const Kernels& kernels(DType dtype);
+}
+namespace avx512bf16 {
 const Kernels& kernels(DType dtype);
 }
 #endif
