@@ -127,6 +127,7 @@ void score_units(const GuidedParams& guided, const Item& item, GuidedScratch& sc
   order_query(params, layout, scratch.tile.query, scratch.code_query, scratch.scaled);
   const int32_t* table = code_table_of(guided.codes, item.batch, item.kv_head);
   const GroupRange groups = coded_groups(item.visible);
+  [[maybe_unused]] const ScoringState state;
   int64_t slot = 0;  // of a group's first unit
   for (int32_t group = groups.begin; group < groups.end; ++group, slot += kGroupUnits) {
     const uint8_t* record = record_of(guided.codes, table[group], item.kv_head);

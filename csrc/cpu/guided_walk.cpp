@@ -17,6 +17,7 @@ GuidedScratch take_scratch(const GuidedParams& params, Arena& arena) {
   const bool copies_keys = attention.key.dim_stride != 1;
   GuidedScratch scratch = {};
   scratch.tile.query = arena.take<float>(heads * round_up(attention.head_dim, kRowAlignment));
+  scratch.tile.plain_query = arena.take<float>(heads * round_up(attention.head_dim, kRowAlignment));
   scratch.tile.scores = arena.take<float>(heads * kScoreStride);
   scratch.tile.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * attention.head_dim : 0);
   scratch.code_query = arena.take<float>(heads * kPlaces * fields);
@@ -98,6 +99,7 @@ size_t guided_bytes(const GuidedParams& params) {
 }
 
 int64_t guided_workers(const GuidedParams& params, int64_t num_threads) {
+  kernels(params.attention.dtype);  // a name in ART_CPU that is wrong is an error here
   const int64_t items = int64_t{params.attention.batch} * params.attention.num_kv_heads;
   int64_t units = 0;
   for (int64_t index = 0; index < items; ++index) {

@@ -1,5 +1,6 @@
 // Scores of key codes in float32. Included by a SIMD target inside its own namespace, after
-// code_query-inl.h; another file may stand in for it that offers score_group().
+// code_query-inl.h; another file may stand in for it that offers ScoringState and
+// score_group().
 //
 // A code c stands for zero + scale * c. With the bits of c right below the exponent of 1.0 it reads
 // 1 + c / 4, without a conversion; so <q, key> = <q, zero - 4 scale> + <q * 4 scale, 1 + c / 4>:
@@ -8,6 +9,9 @@
 // neighbouring fields are neighbouring vector lanes.
 
 namespace {
+
+// What has to be set up while scores are computed.
+struct ScoringState {};
 
 // Multiplies queries by the scales of a group. Also gives the part of all scores that the codes
 // have no influence on.
