@@ -110,9 +110,10 @@ ART_INLINE VecF log2_of(VecF x) {
 // quantise_steps() of core/unit_order.h for a vector.
 ART_INLINE void store_steps(VecF steps, int16_t* to) {
   typedef int16_t Steps __attribute__((vector_size(2 * kLanes)));
-  const VecI known = (steps > kLeastSteps) & (steps < __builtin_inff());
-  const VecF low = known ? steps : broadcast(kLeastSteps);
-  const VecF limited = low < kMostSteps ? low : broadcast(kMostSteps);
+  const VecF least = broadcast(kLeastSteps), most = broadcast(kMostSteps);
+  const VecI known = (steps > least) & (steps < __builtin_inff());
+  const VecF low = known ? steps : least;
+  const VecF limited = low < most ? low : most;
   const VecF rounded = (limited + 12582912.0f) - 12582912.0f;  // to the nearest integer
   const Steps result = __builtin_convertvector(__builtin_convertvector(rounded, VecI), Steps);
   __builtin_memcpy(to, &result, sizeof(result));
