@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from art_torch import reference
+from art_torch._info import info
 from art_torch.criteria_file import load_criteria, save_criteria
 from art_torch.criterion import PRESETS, CombinedCriterion, ResidualMass, Stability
 from art_torch.guided import GuidedWalk, encode_keys, guided_walk, key_code_bytes
@@ -30,6 +31,7 @@ __all__ = [
     "decode_attention",
     "encode_keys",
     "guided_walk",
+    "info",
     "key_code_bytes",
     "load_criteria",
     "patch",

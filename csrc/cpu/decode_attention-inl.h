@@ -28,6 +28,25 @@ ART_INLINE int32_t padded(int32_t dim) { return round_up(dim, kRowAlignment); }
 // Elements of a row of values that are ever written; those from here to padded() are not.
 ART_INLINE int32_t whole_vectors(int32_t dim) { return round_up(dim, kLanes); }
 
+// How logits are summed: keys, as floats, by scaled queries. A target with instructions for it says
+// more about an element type in a specialisation.
+template <class T>
+struct Dot {
+  static constexpr int kWidth = kLanes;  // elements at a time
+  static constexpr bool kScaled = true;
+  using Query = float;
+  using Keys = VecF;
+
+  static int32_t row(int32_t head_dim) { return padded(head_dim); }
+  static const Query* queries(const Scratch& scratch) { return scratch.query; }
+  static void load_query(const DecodeParams&, const T*, int32_t, Scratch&) {}
+
+  ART_INLINE static Keys load_keys(const T* from) { return load(from); }
+  ART_INLINE static Keys load_rest(const T* from, int32_t) { return load_half(from); }
+  ART_INLINE static VecF add(VecF sum, Keys keys, const Query* query) {
+    return sum + keys * load(query);
+  }
+};
 template <class T>
 void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) {
   const int32_t row = padded(params.head_dim);
@@ -41,6 +60,7 @@ void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) 
       const auto eight = load_n<8>(from + d) * params.scale;
       __builtin_memcpy(scratch.query + g * row + d, &eight, sizeof(eight));
     }
+    Dot<T>::load_query(params, from, g, scratch);
   }
 }
 
@@ -69,24 +89,28 @@ ART_INLINE void prefetch_rows(const T* const* rows, int32_t num_rows, int32_t di
 // before the next: reading several side by side halves the bandwidth.
 template <class T, int kHeads>
 ART_INLINE void score_heads(const Tile<T>& tile, int32_t head_dim, int32_t prefetch_dim,
-                            const float* query, float* scores) {
-  constexpr int kTokens = kLanes / kHeads;
-  const int32_t row = padded(head_dim);
-  const int32_t whole = head_dim / kLanes * kLanes;
+                            float scale, const typename Dot<T>::Query* query, float* scores) {
+  constexpr int kTokens = kLanes / kHeads, kWidth = Dot<T>::kWidth;
+  const int32_t row = Dot<T>::row(head_dim);
+  const int32_t whole = head_dim / kWidth * kWidth;
   for (int32_t t0 = 0; t0 < tile.num_tokens; t0 += kTokens) {
     VecF sums[kLanes] = {};
-    prefetch_rows(tile.values + t0, kTokens, prefetch_dim);
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
+      prefetch_rows(tile.values + t0 + t, 1, prefetch_dim);
       const T* key = tile.keys[t0 + t];
-      const auto add_chunk = [&](int32_t d, VecF k) ART_ALWAYS_INLINE {
+      const auto add_chunk = [&](int32_t d, typename Dot<T>::Keys keys) ART_ALWAYS_INLINE {
 #pragma GCC unroll 16
-        for (int h = 0; h < kHeads; ++h) sums[h * kTokens + t] += k * load(query + h * row + d);
+        for (int h = 0; h < kHeads; ++h) {
+          VecF& sum = sums[h * kTokens + t];
+          sum = Dot<T>::add(sum, keys, query + h * row + d);
+        }
       };
-      for (int32_t d = 0; d < whole; d += kLanes) add_chunk(d, load(key + d));
-      if (whole < head_dim) add_chunk(whole, load_half(key + whole));
+      for (int32_t d = 0; d < whole; d += kWidth) add_chunk(d, Dot<T>::load_keys(key + d));
+      if (whole < head_dim) add_chunk(whole, Dot<T>::load_rest(key + whole, head_dim - whole));
     }
-    const VecF result = transpose_add(sums);
+    VecF result = transpose_add(sums);
+    if constexpr (!Dot<T>::kScaled) result *= scale;
     for (int h = 0; h < kHeads; ++h) {
       __builtin_memcpy(scores + h * kScoreStride + t0,
                        reinterpret_cast<const char*>(&result) + h * kTokens * sizeof(float),
@@ -97,21 +121,21 @@ ART_INLINE void score_heads(const Tile<T>& tile, int32_t head_dim, int32_t prefe
 
 template <class T>
 void score_tile(const DecodeParams& params, const Tile<T>& tile, Scratch& scratch) {
-  const int32_t row = padded(params.head_dim);
+  const int32_t row = Dot<T>::row(params.head_dim);
   for (int32_t g = 0; g < params.group_size;) {
     const int32_t left = params.group_size - g;
-    const float* query = scratch.query + g * row;
+    const auto* query = Dot<T>::queries(scratch) + g * row;
     float* scores = scratch.scores + g * kScoreStride;
     // The values are fetched while the first heads' scores are computed.
     const int32_t prefetch_dim = g == 0 ? params.value_dim : 0;
     if (left >= 3) {  // three heads and a row of zeros beat two passes over the keys
-      score_heads<T, 4>(tile, params.head_dim, prefetch_dim, query, scores);
+      score_heads<T, 4>(tile, params.head_dim, prefetch_dim, params.scale, query, scores);
       g += 4;
     } else if (left == 2) {
-      score_heads<T, 2>(tile, params.head_dim, prefetch_dim, query, scores);
+      score_heads<T, 2>(tile, params.head_dim, prefetch_dim, params.scale, query, scores);
       g += 2;
     } else {
-      score_heads<T, 1>(tile, params.head_dim, prefetch_dim, query, scores);
+      score_heads<T, 1>(tile, params.head_dim, prefetch_dim, params.scale, query, scores);
       g += 1;
     }
   }
@@ -158,11 +182,12 @@ SoftmaxState exponentiate(float* scores, int32_t num_tokens) {
 
 // values[g, :] (+)= sum over kRows tokens of p[g, t] * value t. Whole rows are read in order, each
 // element once for all heads.
-template <class T, int kRows, bool kFirst>
+template <class T, int kRows, bool kFirst, class Prefetch>
 ART_INLINE void weigh_rows(const T* const* rows, int32_t value_dim, const float* probabilities,
-                           int32_t group_size, float* values) {
+                           int32_t group_size, float* values, const Prefetch& prefetch) {
   const int32_t row = padded(value_dim);
   const auto add_chunk = [&](int32_t d, auto load_chunk) ART_ALWAYS_INLINE {
+    prefetch(d / kLanes);
     VecF v[kRows];
 #pragma GCC unroll 16
     for (int t = 0; t < kRows; ++t) v[t] = load_chunk(rows[t] + d);
@@ -189,15 +214,22 @@ void weigh_tile(const DecodeParams& params, const Tile<T>& tile, const float* pr
                 float* values) {
   constexpr int kRows = kLanes == 16 ? 16 : 8;
   const int32_t dim = params.value_dim, heads = params.group_size;
+  // Keys are fetched while values are computed with, some rows at each chunk of values.
+  const int32_t rows_at_once = (kRows * kLanes + dim - 1) / dim;
   const auto prefetch_keys = [&](int32_t begin) {
-    const int32_t left = tile.num_next_keys - begin;
-    prefetch_rows(tile.next_keys + begin, left < kRows ? left : kRows, params.head_dim);
+    return [&tile, &params, begin, rows_at_once](int32_t chunk) ART_ALWAYS_INLINE {
+      const int32_t from = chunk * rows_at_once, to = from + rows_at_once;
+      const int32_t end = begin + (to < kRows ? to : kRows);
+      const int32_t last = end < tile.num_next_keys ? end : tile.num_next_keys;
+      if (begin + from < last) {
+        prefetch_rows(tile.next_keys + begin + from, last - begin - from, params.head_dim);
+      }
+    };
   };
-  prefetch_keys(0);
-  weigh_rows<T, kRows, true>(tile.values, dim, probabilities, heads, values);
+  weigh_rows<T, kRows, true>(tile.values, dim, probabilities, heads, values, prefetch_keys(0));
   for (int32_t t = kRows; t < tile.num_tokens; t += kRows) {
-    prefetch_keys(t);
-    weigh_rows<T, kRows, false>(tile.values + t, dim, probabilities + t, heads, values);
+    weigh_rows<T, kRows, false>(tile.values + t, dim, probabilities + t, heads, values,
+                                prefetch_keys(t));
   }
 }
 

@@ -57,6 +57,7 @@ Scratch take_scratch(const DecodeParams& params, Arena& arena) {
   const size_t heads = round_up(params.group_size, kHeadsPerPass);
   Scratch scratch;
   scratch.query = arena.take<float>(heads * round_up(params.head_dim, kRowAlignment));
+  scratch.plain_query = arena.take<float>(heads * round_up(params.head_dim, kRowAlignment));
   scratch.scores = arena.take<float>(heads * kScoreStride);
   const bool copies_keys = params.key.dim_stride != 1;
   scratch.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * params.head_dim : 0);
@@ -240,6 +241,7 @@ class Worker {
 }  // namespace
 
 DecodePlan plan_decode(const DecodeParams& params, int64_t num_threads, int64_t num_splits) {
+  kernels(params.dtype);  // a name in ART_CPU that is wrong is an error here, not in a thread
   DecodePlan plan = {};
   plan.num_items = int64_t{params.batch} * params.num_kv_heads;
   int64_t total_steps = 0, max_steps = 1;

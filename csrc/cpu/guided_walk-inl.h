@@ -1,131 +1,7 @@
 // Log-sum-exp of units of 16 tokens, estimated from key codes, for one KV head and all its query
-// heads. Included by each SIMD target inside its own namespace, after decode_attention-inl.h.
-//
-// A code c stands for zero + scale * c. With the bits of c right below the exponent of 1.0 it reads
-// 1 + c / 4, without a conversion; so <q, key> = <q, zero - 4 scale> + <q * 4 scale, 1 + c / 4>:
-// one dot product a group, and one a token with numbers that a shift and a mask make. 16-bit fields
-// of a line hold four channels of token t and four of t + 8; with queries in the same order,
-// neighbouring fields are neighbouring vector lanes.
+// heads. Included by each SIMD target inside its own namespace, after the scores of key codes.
 
 namespace {
-
-// Fields of a line in whole vectors. What is read beyond a line meets zeros of the query.
-ART_INLINE int32_t padded_fields(const CodeLayout& layout) {
-  return round_up(4 * layout.steps, kRowAlignment);
-}
-
-void order_query(const DecodeParams& params, const CodeLayout& layout, const float* query,
-                 float* ordered, float* scaled) {
-  const int32_t row = padded(params.head_dim), fields = padded_fields(layout);
-  const int32_t heads = round_up(params.group_size, kHeadsPerPass);
-  __builtin_memset(ordered, 0, sizeof(float) * heads * kPlaces * fields);
-  // Rows without a head are computed with as well, and what lies there may be denormal: many times
-  // slower.
-  __builtin_memset(scaled, 0, sizeof(float) * heads * kPlaces * fields);
-  for (int32_t g = 0; g < params.group_size; ++g) {
-    for (int32_t d = 0; d < params.head_dim; ++d) {
-      const int32_t position = layout.position(d), line = 4 * layout.steps;
-      ordered[(g * kPlaces + position / line) * fields + position % line] = query[g * row + d];
-    }
-  }
-}
-
-// Multiplies queries by the scales of a group. Also gives the part of all scores that the codes
-// have no influence on.
-void scale_query(const CodeLayout& layout, const uint8_t* record, int32_t num_heads,
-                 const float* query, float* scaled, float* offsets) {
-  const int32_t line = 4 * layout.steps, fields = padded_fields(layout);
-  // Whole vectors are loaded, and those after the last zero could be of foreign memory.
-  Float16 grid[2 * kMaxCodeChannels + kRowAlignment] = {};
-  __builtin_memcpy(grid, record + layout.scales_at(), 4 * layout.channels());
-  const Float16 *scales = grid, *zeros = grid + layout.channels();
-  for (int32_t h = 0; h < num_heads; ++h) {
-    VecF sum = {};
-    for (int32_t place = 0; place < kPlaces; ++place) {
-      const int32_t at = (h * kPlaces + place) * fields;
-      for (int32_t i = 0; i < line; i += kLanes) {
-        const VecF q = load(query + at + i), scale = load(scales + place * line + i) * 4.0f;
-        store(scaled + at + i, q * scale);
-        sum += q * (load(zeros + place * line + i) - scale);
-      }
-    }
-    offsets[h] = reduce_add(sum);
-  }
-}
-
-// Scores of all tokens of a unit for kHeads heads. kLanes sums run at a time, so that one
-// transposed addition finishes them all.
-template <int kHeads>
-ART_INLINE void score_unit(const CodeLayout& layout, const uint8_t* unit, const float* scaled,
-                           const float* offsets, float* scores) {
-  constexpr int kLines = kLanes / kHeads / 2;
-  const int32_t line = 4 * layout.steps, fields = padded_fields(layout);
-  VecF offset;
-  for (int i = 0; i < kLanes; ++i) offset[i] = offsets[i / (2 * kLines)];
-  for (int32_t first = 0; first < kUnitTokens / 2; first += kLines) {
-    VecF sums[kLanes] = {};  // [kHeads][t or t + 8][kLines]
-    for (int32_t i = 0; i < line; i += kLanes) {
-      VecU field[kLines];
-#pragma GCC unroll 16
-      for (int l = 0; l < kLines; ++l) {
-        const uint8_t* from = unit + (first + l) * layout.line_bytes() + 2 * i;
-        field[l] = __builtin_convertvector(load_raw<VecOf<kLanes>::H>(from), VecU);
-      }
-#pragma GCC unroll 4
-      for (int place = 0; place < kPlaces; ++place) {
-        VecF query[kHeads];
-#pragma GCC unroll 16
-        for (int h = 0; h < kHeads; ++h) {
-          query[h] = load(scaled + (h * kPlaces + place) * fields + i);
-        }
-#pragma GCC unroll 16
-        for (int t = 0; t < 2 * kLines; ++t) {
-          const VecU code = field[t % kLines] << (21 - 2 * place - t / kLines * 8);
-          const VecF number = bit_cast<VecF>((code & 0x00600000) | 0x3f800000);
-#pragma GCC unroll 16
-          for (int h = 0; h < kHeads; ++h) sums[h * 2 * kLines + t] += number * query[h];
-        }
-      }
-    }
-    const VecF result = transpose_add(sums) + offset;
-    for (int h = 0; h < kHeads; ++h) {
-      for (int half = 0; half < 2; ++half) {
-        __builtin_memcpy(
-            scores + h * kScoreStride + half * 8 + first,
-            reinterpret_cast<const char*>(&result) + (2 * h + half) * kLines * sizeof(float),
-            kLines * sizeof(float));
-      }
-    }
-  }
-}
-
-// Scores of one group for all heads, [group_size, kScoreStride].
-void score_group(const DecodeParams& params, const CodeLayout& layout, const uint8_t* record,
-                 GuidedScratch& scratch) {
-  constexpr int kMostHeads = kLanes / 2 < kHeadsPerPass ? kLanes / 2 : kHeadsPerPass;
-  const int32_t stride = kPlaces * padded_fields(layout);
-  for (int32_t g = 0; g < params.group_size; g += kHeadsPerPass) {
-    const int32_t left = params.group_size - g;
-    float offsets[kHeadsPerPass] = {};
-    float* scaled = scratch.scaled + g * stride;
-    scale_query(layout, record, left < kHeadsPerPass ? left : kHeadsPerPass,
-                scratch.code_query + g * stride, scaled, offsets);
-    for (int32_t unit = 0; unit < kGroupUnits; ++unit) {
-      const uint8_t* codes = record + unit * layout.unit_bytes();
-      float* scores = scratch.tile.scores + g * kScoreStride + unit * kUnitTokens;
-      if (left == 1) {
-        score_unit<1>(layout, codes, scaled, offsets, scores);
-      } else if (left == 2 || kMostHeads == 2) {
-        score_unit<2>(layout, codes, scaled, offsets, scores);
-        if (left > 2) {
-          score_unit<2>(layout, codes, scaled + 2 * stride, offsets + 2, scores + 2 * kScoreStride);
-        }
-      } else {  // a row of zeros beats two passes over the codes
-        score_unit<kMostHeads>(layout, codes, scaled, offsets, scores);
-      }
-    }
-  }
-}
 
 // Exact scores of the visible tokens after the last complete group, from `origin` on.
 template <class T>
@@ -149,26 +25,65 @@ void score_tail(const DecodeParams& params, const Item& item, int32_t origin, Sc
   }
 }
 
-// (max, sum) of the units of one group of tokens, from its scores.
-void reduce_units(const DecodeParams& params, const Item& item, int32_t origin, int32_t unit_stride,
-                  int32_t first_unit, GuidedScratch& scratch) {
+// Largest score and sum of exp(score - largest) of the four units of a group, for up to as many
+// heads as there are lanes for: a lane for each unit and head, so that adding across lanes is done
+// for all of them together. `max` and `sum` are those of the first unit of the first head.
+void reduce_heads(const float* scores, int32_t num_heads, int64_t unit_stride, float* max,
+                  float* sum) {
+  constexpr int kParts = kUnitTokens / kLanes;
+  VecF largest[kLanes] = {}, total[kLanes] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i / kGroupUnits >= num_heads) continue;
+    const float* unit = scores + i / kGroupUnits * kScoreStride + i % kGroupUnits * kUnitTokens;
+    largest[i] = load(unit);
+    for (int part = 1; part < kParts; ++part) {
+      largest[i] = larger(load(unit + part * kLanes), largest[i]);
+    }
+  }
+  const VecF maxima = transpose_max(largest);
+  // We don't want (-inf) - (-inf), since that would give NaN.
+  const VecF reference = maxima == -__builtin_inff() ? VecF{} : maxima;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i / kGroupUnits >= num_heads) continue;
+    const float* unit = scores + i / kGroupUnits * kScoreStride + i % kGroupUnits * kUnitTokens;
+    for (int part = 0; part < kParts; ++part) {
+      total[i] += exp_nonpositive(load(unit + part * kLanes) - reference[i]);
+    }
+  }
+  const VecF sums = transpose_add(total);
+  for (int32_t h = 0; h < num_heads; ++h) {
+    const auto copy = [&](const VecF& from, float* to) {
+      __builtin_memcpy(to + h * unit_stride,
+                       reinterpret_cast<const char*>(&from) + h * kGroupUnits * sizeof(float),
+                       kGroupUnits * sizeof(float));
+    };
+    copy(maxima, max);
+    copy(sums, sum);
+  }
+}
+
+// (max, sum) of the units of one group of tokens, from its scores. Those that are not visible count
+// as nothing.
+void reduce_units(const DecodeParams& params, const Item& item, int32_t origin, int64_t unit_stride,
+                  int64_t slot, GuidedScratch& scratch) {
+  constexpr int kHeads = kLanes / kGroupUnits;
+  const TokenRange visible = unit_tokens(origin / kGroupTokens, kGroupTokens, item.visible);
+  const int32_t begin = visible.begin - origin, end = visible.end - origin;
   int32_t positions[kGroupTokens];
   for (int32_t t = 0; t < kGroupTokens; ++t) positions[t] = origin + t;
   for (int32_t g = 0; g < params.group_size; ++g) {
     float* scores = scratch.tile.scores + g * kScoreStride;
-    adjust_scores(params, item, positions, kGroupTokens, g, scores);
-    for (int32_t u = 0; u < kGroupUnits; ++u) {
-      const int32_t unit = origin / kUnitTokens + u;
-      const TokenRange tokens = unit_tokens(unit, kUnitTokens, item.visible);
-      if (tokens.size() <= 0) continue;
-      float* of_unit = scores + u * kUnitTokens;
-      const int32_t before = tokens.begin - unit * kUnitTokens;
-      for (int32_t t = 0; t < before; ++t) of_unit[t] = -__builtin_inff();
-      const SoftmaxState state = exponentiate(of_unit, before + tokens.size());
-      const int64_t at = int64_t{g} * unit_stride + (unit - first_unit);
-      scratch.unit_max[at] = state.max;
-      scratch.unit_sum[at] = state.sum;
-    }
+    adjust_scores(params, item, positions + begin, end - begin, g, scores + begin);
+    for (int32_t t = 0; t < begin; ++t) scores[t] = -__builtin_inff();
+    for (int32_t t = end; t < kGroupTokens; ++t) scores[t] = -__builtin_inff();
+  }
+  for (int32_t g = 0; g < params.group_size; g += kHeads) {
+    const int32_t left = params.group_size - g;
+    const int64_t at = g * unit_stride + slot;
+    reduce_heads(scratch.tile.scores + g * kScoreStride, left < kHeads ? left : kHeads, unit_stride,
+                 scratch.unit_max + at, scratch.unit_sum + at);
   }
 }
 
@@ -192,38 +107,46 @@ ART_INLINE VecF log2_of(VecF x) {
   return x == x ? exponent + log * 1.44269504f : x;
 }
 
+// quantise_steps() of core/unit_order.h for a vector.
+ART_INLINE void store_steps(VecF steps, int16_t* to) {
+  typedef int16_t Steps __attribute__((vector_size(2 * kLanes)));
+  const VecF least = broadcast(kLeastSteps), most = broadcast(kMostSteps);
+  const VecI known = (steps > least) & (steps < __builtin_inff());
+  const VecF low = known ? steps : least;
+  const VecF limited = low < most ? low : most;
+  const VecF rounded = (limited + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const Steps result = __builtin_convertvector(__builtin_convertvector(rounded, VecI), Steps);
+  __builtin_memcpy(to, &result, sizeof(result));
+}
+
 template <class T>
 void score_units(const GuidedParams& guided, const Item& item, GuidedScratch& scratch) {
   const DecodeParams& params = guided.attention;
   const CodeLayout layout(params.head_dim);
-  const int32_t first_unit = item.walk.first_unit;
-  const int32_t stride = round_up(guided.max_units, kTilePadding);
+  const int64_t stride = round_up(guided.max_units, kTilePadding);
   load_query<T>(params, item, scratch.tile);
   order_query(params, layout, scratch.tile.query, scratch.code_query, scratch.scaled);
   const int32_t* table = code_table_of(guided.codes, item.batch, item.kv_head);
   const GroupRange groups = coded_groups(item.visible);
-  for (int32_t group = groups.begin; group < groups.end; ++group) {
+  [[maybe_unused]] const ScoringState state;
+  int64_t slot = 0;  // of a group's first unit
+  for (int32_t group = groups.begin; group < groups.end; ++group, slot += kGroupUnits) {
     const uint8_t* record = record_of(guided.codes, table[group], item.kv_head);
-    if (group + 1 < groups.end) {
-      const uint8_t* next = record_of(guided.codes, table[group + 1], item.kv_head);
-      for (int32_t at = 0; at < layout.record_bytes(); at += 64) {
-        __builtin_prefetch(next + at, 0, 2);
-      }
-    }
-    score_group(params, layout, record, scratch);
-    reduce_units(params, item, group * kGroupTokens, stride, first_unit, scratch);
+    const int32_t after = group + 1 < groups.end ? group + 1 : group;
+    const uint8_t* next = record_of(guided.codes, table[after], item.kv_head);
+    score_group(params, layout, record, next, scratch);
+    reduce_units(params, item, group * kGroupTokens, stride, slot, scratch);
   }
   const int32_t tail = item.visible.end / kGroupTokens * kGroupTokens;
   if (tail < item.visible.end) {
     score_tail<T>(params, item, tail, scratch.tile);
-    reduce_units(params, item, tail, stride, first_unit, scratch);
+    reduce_units(params, item, tail, stride, slot, scratch);
+    slot += kGroupUnits;
   }
   for (int32_t g = 0; g < params.group_size; ++g) {
-    for (int32_t u = 0; u < item.walk.num_units; u += kLanes) {
-      const int64_t at = int64_t{g} * stride + u;
-      VecF steps = load(scratch.unit_max + at) * kStepsPerNat;
-      steps += log2_of(load(scratch.unit_sum + at)) * 64.0f;
-      for (int i = 0; i < kLanes; ++i) scratch.unit_lse[at + i] = quantise_steps(steps[i]);
+    for (int64_t at = g * stride; at < g * stride + slot; at += kLanes) {
+      const VecF steps = load(scratch.unit_max + at) * kStepsPerNat;
+      store_steps(steps + log2_of(load(scratch.unit_sum + at)) * 64.0f, scratch.unit_lse + at);
     }
   }
 }

@@ -17,6 +17,7 @@ GuidedScratch take_scratch(const GuidedParams& params, Arena& arena) {
   const bool copies_keys = attention.key.dim_stride != 1;
   GuidedScratch scratch = {};
   scratch.tile.query = arena.take<float>(heads * round_up(attention.head_dim, kRowAlignment));
+  scratch.tile.plain_query = arena.take<float>(heads * round_up(attention.head_dim, kRowAlignment));
   scratch.tile.scores = arena.take<float>(heads * kScoreStride);
   scratch.tile.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * attention.head_dim : 0);
   scratch.code_query = arena.take<float>(heads * kPlaces * fields);
@@ -98,6 +99,7 @@ size_t guided_bytes(const GuidedParams& params) {
 }
 
 int64_t guided_workers(const GuidedParams& params, int64_t num_threads) {
+  kernels(params.attention.dtype);  // a name in ART_CPU that is wrong is an error here
   const int64_t items = int64_t{params.attention.batch} * params.attention.num_kv_heads;
   int64_t units = 0;
   for (int64_t index = 0; index < items; ++index) {
@@ -119,19 +121,20 @@ void guide_item(const GuidedParams& params, int64_t index, void* memory) {
   float* log_mass = params.log_mass + index * params.max_units;
   Arena arena(memory);
   GuidedScratch scratch = take_scratch(params, arena);
+  // Units are kept by groups, the first of which may begin before what is visible.
+  const int16_t* unit_lse = scratch.unit_lse + units.begin % kGroupUnits;
   int32_t* scores = arena.take<int32_t>(params.max_units);
   const int64_t stride = round_up(params.max_units, kTilePadding);
   if (units.num_units() > 0) {
     kernels(attention.dtype).score_units(params, item, scratch);
-    share_of_units(attention, item, scratch.unit_lse, stride, scores);
+    share_of_units(attention, item, unit_lse, stride, scores);
     order_units(units, scores, walk, log_mass);
   }
   std::fill(walk + units.num_units(), walk + params.max_units, -1);
   std::fill(log_mass + units.num_units(), log_mass + params.max_units, -INFINITY);
   for (int32_t g = 0; params.log_rest != nullptr && g < attention.group_size; ++g) {
     const int64_t row = (index * attention.group_size + g) * params.max_units;
-    rest_of_walk(units, scratch.unit_lse + g * stride, walk, params.max_units,
-                 params.log_rest + row);
+    rest_of_walk(units, unit_lse + g * stride, walk, params.max_units, params.log_rest + row);
   }
   params.walk_lens[index] = units.num_units();
   params.num_pinned[index] = units.num_pinned();

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "core/coded_groups.h"
 #include "core/item.h"
@@ -32,11 +34,12 @@ struct Accumulator {
 
 // Buffers of one worker.
 struct Scratch {
-  float* query;      // [group_size rounded up to kHeadsPerPass, padded head_dim], scaled
-  float* scores;     // [group_size rounded up to kHeadsPerPass, kScoreStride]
-  void* keys;        // [kTileTokens, head_dim]: keys copied from a token-contiguous cache
-  Accumulator step;  // result of a step that is folded at once
-  Accumulator tile;  // second and later tiles of a step
+  float* query;       // [group_size rounded up to kHeadsPerPass, padded head_dim], scaled
+  void* plain_query;  // the same as it came, for targets that multiply it so
+  float* scores;      // [group_size rounded up to kHeadsPerPass, kScoreStride]
+  void* keys;         // [kTileTokens, head_dim]: keys copied from a token-contiguous cache
+  Accumulator step;   // result of a step that is folded at once
+  Accumulator tile;   // second and later tiles of a step
 };
 
 // Buffers of one worker of a guided walk. Rows of code queries are in the order of
@@ -45,6 +48,7 @@ struct GuidedScratch {
   Scratch tile;       // query, scores and keys only
   float* code_query;  // [group_size rounded up to kHeadsPerPass, 4, padded fields]
   float* scaled;      // the same, times the scales of a group
+  // Units by groups, from that of the first visible token on.
   float* unit_max;    // [group_size, padded max_units]: largest logit
   float* unit_sum;    // [group_size, padded max_units]: sum of exp(logit - max)
   int16_t* unit_lse;  // [group_size, padded max_units]: in steps, see core/unit_order.h
@@ -73,11 +77,20 @@ const Kernels& kernels(DType dtype);
 namespace avx512 {
 const Kernels& kernels(DType dtype);
 }
+namespace avx512bf16 {
+const Kernels& kernels(DType dtype);
+}
+namespace amx {
+const Kernels& kernels(DType dtype);
+}
 #endif
 
 // Name of the SIMD target in use: the best one the machine runs, or the one that the environment
 // variable ART_CPU names.
 const char* target_name();
+
+// Names of all targets, and whether this machine runs them.
+std::vector<std::pair<const char*, bool>> target_support();
 
 const Kernels& kernels(DType dtype);
 

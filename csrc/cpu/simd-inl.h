@@ -58,12 +58,6 @@ ART_INLINE typename VecOf<N>::F load_n(const BFloat16* from) {
 
 template <int N>
 ART_INLINE typename VecOf<N>::F load_n(const Float16* from) {
-#if defined(__AVX512F__)
-  if constexpr (N == 16) return (VecOf<16>::F)_mm512_cvtph_ps(load_raw<__m256i>(from));
-#endif
-#if defined(__F16C__)
-  if constexpr (N == 8) return (VecOf<8>::F)_mm256_cvtph_ps(load_raw<__m128i>(from));
-#endif
   using U = typename VecOf<N>::U;
   using F = typename VecOf<N>::F;
   const U half = __builtin_convertvector(load_raw<typename VecOf<N>::H>(from), U);
@@ -151,7 +145,8 @@ ART_INLINE float reduce(typename VecOf<N>::F v) {
 ART_INLINE float reduce_add(VecF v) { return reduce<kLanes, false>(v); }
 ART_INLINE float reduce_max(VecF v) { return reduce<kLanes, true>(v); }
 
-// Source lane of output lane i when pairs of lanes (or of 128-bit quarters) of a and b are added.
+// Source lane of output lane i when pairs of lanes (or of 128-bit quarters) of a and b are
+// combined.
 constexpr int pair_source(int i, int parity) {
   const int quarter = i / 4, k = i % 4;
   return (k < 2 ? 0 : kLanes) + 4 * quarter + 2 * (k % 2) + parity;
@@ -161,34 +156,45 @@ constexpr int quarter_source(int i, int parity) {
   return (quarter < half ? 0 : kLanes) + 4 * (2 * (quarter % half) + parity) + i % 4;
 }
 
-template <int... I>
-ART_INLINE VecF add_pairs(VecF a, VecF b, Indices<I...>) {
-  return __builtin_shufflevector(a, b, pair_source(I, 0)...) +
-         __builtin_shufflevector(a, b, pair_source(I, 1)...);
-}
-template <int... I>
-ART_INLINE VecF add_quarters(VecF a, VecF b, Indices<I...>) {
-  return __builtin_shufflevector(a, b, quarter_source(I, 0)...) +
-         __builtin_shufflevector(a, b, quarter_source(I, 1)...);
+ART_INLINE VecF larger(VecF a, VecF b) { return a > b ? a : b; }
+
+template <bool kMax>
+ART_INLINE VecF combine(VecF a, VecF b) {
+  return kMax ? larger(a, b) : a + b;
 }
 
-// Lane i of the result is the sum of the lanes of v[i].
-ART_INLINE VecF transpose_add(VecF (&v)[kLanes]) {
+template <bool kMax, int... I>
+ART_INLINE VecF combine_pairs(VecF a, VecF b, Indices<I...>) {
+  return combine<kMax>(__builtin_shufflevector(a, b, pair_source(I, 0)...),
+                       __builtin_shufflevector(a, b, pair_source(I, 1)...));
+}
+template <bool kMax, int... I>
+ART_INLINE VecF combine_quarters(VecF a, VecF b, Indices<I...>) {
+  return combine<kMax>(__builtin_shufflevector(a, b, quarter_source(I, 0)...),
+                       __builtin_shufflevector(a, b, quarter_source(I, 1)...));
+}
+
+template <bool kMax>
+ART_INLINE VecF transpose_reduce(VecF (&v)[kLanes]) {
   using All = typename MakeIndices<kLanes>::type;
 #pragma GCC unroll 16
   for (int n = kLanes; n > kLanes / 4; n /= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1], All{});
+    for (int i = 0; i < n / 2; ++i) v[i] = combine_pairs<kMax>(v[2 * i], v[2 * i + 1], All{});
   }
   if constexpr (kLanes > 4) {
 #pragma GCC unroll 16
     for (int n = kLanes / 4; n > 1; n /= 2) {
 #pragma GCC unroll 16
-      for (int i = 0; i < n / 2; ++i) v[i] = add_quarters(v[2 * i], v[2 * i + 1], All{});
+      for (int i = 0; i < n / 2; ++i) v[i] = combine_quarters<kMax>(v[2 * i], v[2 * i + 1], All{});
     }
   }
   return v[0];
 }
+
+// Lane i of the result is the sum of the lanes of v[i], or the largest of them.
+ART_INLINE VecF transpose_add(VecF (&v)[kLanes]) { return transpose_reduce<false>(v); }
+ART_INLINE VecF transpose_max(VecF (&v)[kLanes]) { return transpose_reduce<true>(v); }
 
 // ---- exponential
 

@@ -12,12 +12,15 @@
 
 namespace art::cpu::avx2 {
 constexpr int kLanes = 8;
+// clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
-// The kernels need the vectors above.
+#include "cpu/f16c-inl.h"
 #include "cpu/decode_attention-inl.h"
+#include "cpu/code_query-inl.h"
+#include "cpu/score_codes-inl.h"
 #include "cpu/guided_walk-inl.h"
-// The table needs the kernels above.
 #include "cpu/kernel_table-inl.h"
+// clang-format on
 
 const Kernels& kernels(DType dtype) { return kernel_table(dtype, "avx2"); }
 }  // namespace art::cpu::avx2

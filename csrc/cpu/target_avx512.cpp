@@ -14,12 +14,16 @@
 
 namespace art::cpu::avx512 {
 constexpr int kLanes = 16;
+// clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
-// The kernels need the vectors above.
+#include "cpu/f16c-inl.h"
+#include "cpu/f16c_avx512-inl.h"
 #include "cpu/decode_attention-inl.h"
+#include "cpu/code_query-inl.h"
+#include "cpu/score_codes-inl.h"
 #include "cpu/guided_walk-inl.h"
-// The table needs the kernels above.
 #include "cpu/kernel_table-inl.h"
+// clang-format on
 
 const Kernels& kernels(DType dtype) { return kernel_table(dtype, "avx512"); }
 }  // namespace art::cpu::avx512

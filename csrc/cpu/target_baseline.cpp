@@ -3,12 +3,14 @@
 
 namespace art::cpu::baseline {
 constexpr int kLanes = 4;
+// clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
-// The kernels need the vectors above.
 #include "cpu/decode_attention-inl.h"
+#include "cpu/code_query-inl.h"
+#include "cpu/score_codes-inl.h"
 #include "cpu/guided_walk-inl.h"
-// The table needs the kernels above.
 #include "cpu/kernel_table-inl.h"
+// clang-format on
 
 const Kernels& kernels(DType dtype) { return kernel_table(dtype, "baseline"); }
 }  // namespace art::cpu::baseline

@@ -1,0 +1,40 @@
+// AVX-512 with dot products of bytes and of bfloat16: Zen 4, Sapphire Rapids and newer.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                         \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16," \
+                          "avx2,fma,f16c"))),                                         \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c")
+#endif
+
+namespace art::cpu::avx512bf16 {
+constexpr int kLanes = 16;
+// clang-format off: each of them needs those before it.
+#include "cpu/simd-inl.h"
+#include "cpu/f16c-inl.h"
+#include "cpu/f16c_avx512-inl.h"
+#include "cpu/decode_attention-inl.h"
+#include "cpu/bf16_dot-inl.h"
+#include "cpu/code_query-inl.h"
+#include "cpu/integer_codes-inl.h"
+#include "cpu/score_codes_vnni-inl.h"
+#include "cpu/guided_walk-inl.h"
+#include "cpu/kernel_table-inl.h"
+// clang-format on
+
+const Kernels& kernels(DType dtype) { return kernel_table(dtype, "avx512bf16"); }
+}  // namespace art::cpu::avx512bf16
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
