@@ -49,8 +49,8 @@ def enable(handle: PatchHandle) -> ContinuousBatching:
 
     Raises:
         TypeError: ``handle`` is no handle of :func:`art_torch.patch`.
-        ValueError: The walk is ``"guided"``, ``dense_every`` was given, or the model has no continuous batching, or one that
-            computes something else than the model.
+        ValueError: The walk is ``"guided"``, ``dense_every`` was given, or the model has no
+            continuous batching, or one that computes something else than the model.
         RuntimeError: This version of transformers is not supported; the model is not patched any
             more, is enabled already, has a manager that was kept from before, or shares its config
             with another patched model.
