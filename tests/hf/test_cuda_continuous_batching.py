@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batched import answers, prompts_of
 from test_art_on import CRITERION, SIZES
-from test_continuous_batching import answers, prompts_of
 from tiny_models import build
 from transformers.generation.continuous_batching import initialization
 
