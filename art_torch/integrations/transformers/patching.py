@@ -26,7 +26,7 @@ from art_torch.integrations.transformers.plan import least_guided_bytes
 from art_torch.ops import DecodeResult
 from art_torch.stats import ReadStats
 
-__all__ = ["PatchHandle", "patch_model"]
+__all__ = ["PatchHandle", "attention_modules", "patch_model"]
 
 OnCall = Callable[[int, dict[str, Any], DecodeResult], None]
 
@@ -63,6 +63,9 @@ class PatchHandle:
             return
         self.active = False
         for module in self._modules:
+            settings = settings_of(module)
+            if settings is not None and settings.press_hook is not None:
+                settings.press_hook.remove()
             del module._art_settings
         for config in self._configs:
             _SwitchedConfig.release(config)
@@ -129,7 +132,7 @@ def patch_model(
     """Patches a model; :func:`art_torch.patch` documents the arguments."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     _check_patchable(model, modules)
     if options["walk"] == "guided":
         for device in {parameter.device for parameter in model.parameters()}:
@@ -172,7 +175,7 @@ def _layer_index(module: nn.Module) -> int:
     return module.layer_idx  # type: ignore[return-value]
 
 
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that call the attention interface of a decoder."""
     return [
         module
