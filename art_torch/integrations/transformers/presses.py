@@ -237,7 +237,8 @@ def _of_one_row(kwargs: dict[str, Any], row: int, tokens: Tensor) -> dict[str, A
     """Arguments of the attention module as they were without the other rows, and without pads."""
 
     def of_row(tensor: Tensor) -> Tensor:  # [batch or 1, tokens, ...]
-        return tensor[row : row + 1 if len(tensor) > 1 else 1][:, tokens]
+        own = tensor if len(tensor) == 1 else tensor[row : row + 1]
+        return own[:, tokens]
 
     own = dict(kwargs, attention_mask=None, hidden_states=of_row(kwargs["hidden_states"]))
     if kwargs.get("position_ids") is not None:
