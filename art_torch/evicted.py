@@ -99,7 +99,9 @@ class EvictedTable(PageTable):
         if self.padded_len - self.prompt_tokens < tokens <= self.padded_len:
             raise RuntimeError(
                 f"cannot crop {tokens} tokens: only {self.padded_len - self.prompt_tokens} came "
-                "after the prompt, which a press has compressed; reset() the cache instead"
+                "after the prompt, which a press has compressed: reset() the cache instead, and do "
+                "not combine presses with speculative decoding, whose first guesses are taken for "
+                "the prompt"
             )
         super().crop(tokens)
 

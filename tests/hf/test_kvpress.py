@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,10 +33,11 @@ PROMPT = 200
 @pytest.fixture(scope="module", autouse=True)
 def kvpress() -> Iterator[object]:
     """kvpress wraps all attention functions when it is imported: for these tests only."""
-    own = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    own, imported = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), "kvpress" in sys.modules
     import kvpress
 
-    kvpress.patch_attention_functions()
+    if imported:
+        kvpress.patch_attention_functions()
     yield kvpress
     ALL_ATTENTION_FUNCTIONS._local_mapping = own
 
@@ -253,7 +255,7 @@ def test_later_passes(llama):
             torch.testing.assert_close(feed(each), expected, rtol=1e-4, atol=1e-3)
         clone.crop(-12)
         torch.testing.assert_close(feed(clone), expected, rtol=1e-4, atol=1e-3)
-        with pytest.raises(RuntimeError, match="which a press has compressed; reset"):
+        with pytest.raises(RuntimeError, match="which a press has compressed: reset"):
             clone.crop(-13)
 
 
@@ -344,14 +346,15 @@ def test_guided_walk_without_a_rule(llama, press, key_codes):
     assert cache.bytes_in_use < coded.bytes_in_use < 1.1 * cache.bytes_in_use
 
 
-def test_walks_go_by_the_order_of_the_text(llama):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_walks_go_by_the_order_of_the_text(dtype):
     """A press leaves tokens in the order of their scores."""
-    ids = prompt(1, PROMPT)
-    caches = [art_torch.ARTCache(llama.config) for _ in range(2)]
-    with art_torch.patch(llama, None):
-        llama(ids, past_key_values=caches[0])
-        with press_of("snapkv")(llama):
-            llama(ids, past_key_values=caches[1])
+    model, ids = make("llama").to(dtype), prompt(1, PROMPT)
+    caches = [art_torch.ARTCache(model.config) for _ in range(2)]
+    with art_torch.patch(model, None):
+        model(ids, past_key_values=caches[0])
+        with press_of("snapkv")(model):
+            model(ids, past_key_values=caches[1])
     all_keys = caches[0].layers[1].history()[0]
     left, _, stored = caches[1].layers[1].stored()
     assert stored.all()
@@ -583,6 +586,14 @@ def test_mask_that_hides_what_is_left(llama):
             llama(ids, past_key_values=cache)
         with pytest.raises(RuntimeError, match="pass the padding mask of the prompt"):
             llama(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_speculative_decoding(llama):
+    """Its first pass has guesses behind the prompt, and the press compresses them with it."""
+    ids = prompt(1, 100).repeat(1, 2)
+    refused = pytest.raises(RuntimeError, match="do not combine presses with speculative decoding")
+    with art_torch.patch(llama, None), press_of("knorm")(llama), refused:
+        generate(llama, ids, art_torch.ARTCache(llama.config), prompt_lookup_num_tokens=4)
 
 
 def test_preallocation(llama):
