@@ -27,7 +27,8 @@ class ARTCache(Cache):
 
     New tokens are written in place, memory grows by whole pages without copying old ones, pad
     tokens are never stored, and beams share their common pages until one of them writes. Layers
-    with a sliding window hand back the pages that left it.
+    with a sliding window hand back the pages that left it. Of a prompt that a press of kvpress
+    compresses, only what it keeps is stored, head by head (``docs/kvpress.md``).
 
     Args:
         config: The model's config (``model.config``).
