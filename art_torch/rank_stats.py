@@ -21,7 +21,7 @@ class LayerShare(NamedTuple):
 
     Attributes:
         read: int64 ``[num_kv_heads]``, tokens read by the heads of the rank.
-        present: Tokens one head could have read.
+        present: int64 ``[num_kv_heads]``, tokens each head could have read.
         steps: Decode steps.
         step_read: int64 ``[kept_steps, num_kv_heads]``, of the steps that are kept one by one.
         step_present: int64 ``[kept_steps]``.
@@ -30,7 +30,7 @@ class LayerShare(NamedTuple):
     """
 
     read: Tensor
-    present: int
+    present: Tensor
     steps: int
     step_read: Tensor
     step_present: Tensor
@@ -91,11 +91,10 @@ def join_shares(ranks: list[Shares], num_kv_heads: Mapping[int, int]) -> Shares:
 def _join(layer: int, shares: list[LayerShare], num_kv_heads: int) -> LayerShare:
     first = shares[0]
     for rank, share in enumerate(shares):
-        if (share.steps, share.present) != (first.steps, first.present):
+        if share.steps != first.steps:
             raise ValueError(
-                f"every rank must have taken the same steps, got {first.steps} with "
-                f"{first.present} tokens of layer {layer} on rank 0, {share.steps} with "
-                f"{share.present} on rank {rank}"
+                f"every rank must have taken the same steps, got {first.steps} of layer {layer} on "
+                f"rank 0 and {share.steps} on rank {rank}"
             )
     heads = [len(share.read) for share in shares]
     if all(count == num_kv_heads for count in heads):
@@ -111,6 +110,7 @@ def _join(layer: int, shares: list[LayerShare], num_kv_heads: int) -> LayerShare
     )
     return first._replace(
         read=torch.cat([share.read for share in shares]),
+        present=torch.cat([share.present for share in shares]),
         step_read=torch.cat([share.step_read for share in shares], dim=1),
         mass=(weights @ true, lowest.amin(0), weights @ estimated),
     )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ReadStats"]
 
+# Of all heads together, or int64 [num_kv_heads] where they differ.
+Present = int | npt.NDArray[np.int64]
+
 _CHUNK = 64  # steps kept as they came before they are added up
 
 
@@ -26,13 +29,13 @@ class _LayerCounts:
     """Counts of one layer. Results wait in a list, so that a step costs no tensor operation."""
 
     def __init__(self, kept_steps: int) -> None:
-        self.waiting: list[tuple[Tensor, npt.NDArray[np.bool_] | None, int]] = []
+        self.waiting: list[tuple[Tensor, npt.NDArray[np.bool_] | None, Present]] = []
         self.read: Tensor | None = None  # int64 [Hkv]
-        self.present = 0
+        self.present: Present = 0
         self.steps = 0
         chunks = max(1, kept_steps // _CHUNK)
         self.kept_read: deque[Tensor] = deque(maxlen=chunks)  # int64 [steps, Hkv]
-        self.kept_present: deque[list[int]] = deque(maxlen=chunks)
+        self.kept_present: deque[list[Present]] = deque(maxlen=chunks)
         self.device_read: Tensor | None = None  # int64 [Hkv]
         self.device_present: Tensor | None = None  # int64 []
         self.device_steps: Tensor | None = None  # int64 []
@@ -50,7 +53,7 @@ class _LayerCounts:
         self.kept_present.append([present for *_, present in self.waiting])
         total = chunk.sum(0)
         self.read = total if self.read is None else self.read + total
-        self.present += sum(self.kept_present[-1])
+        self.present = self.present + sum(self.kept_present[-1])
         self.steps += len(self.waiting)
         self.waiting.clear()
 
@@ -78,7 +81,7 @@ class ReadStats:
         self,
         layer: int,
         tokens_read: Tensor,
-        present: int,
+        present: Present,
         rows: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """Counts one step of one layer.
@@ -86,7 +89,8 @@ class ReadStats:
         Args:
             layer: Index of the layer.
             tokens_read: int32 ``[batch, num_kv_heads]``; must not be written to afterwards.
-            present: Tokens visible to the rows together.
+            present: Tokens visible to the rows together; int64 ``[num_kv_heads]`` where heads hold
+                different tokens.
             rows: bool ``[batch]``, the rows that count; None for all.
         """
         counts = self._layers.get(layer)
@@ -180,23 +184,29 @@ class ReadStats:
 
         Rows are the layers of :attr:`layers`.
         """
-        rows = [self._totals(self._layers[layer])[0] for layer in self.layers]
+        return self._per_head(0)
+
+    def tokens_present(self) -> Tensor:
+        """int64 ``[layers]``, tokens one head could have read, summed over rows and steps.
+
+        Where a press left more to some heads than to others, the mean over the heads, rounded.
+        """
+        totals = (self._totals(self._layers[layer])[1] for layer in self.layers)
+        return torch.tensor([round(float(present.double().mean())) for present in totals])
+
+    def _per_head(self, which: int) -> Tensor:
+        """Tokens read (0) or present (1), int64 ``[layers, num_kv_heads]``, -1 for no head."""
+        rows = [self._totals(self._layers[layer])[which] for layer in self.layers]
         width = max((len(row) for row in rows), default=0)
         table = torch.full((len(rows), width), -1, dtype=torch.int64)
         for index, row in enumerate(rows):
             table[index, : len(row)] = row
         return table
 
-    def tokens_present(self) -> Tensor:
-        """int64 ``[layers]``, tokens one head could have read, summed over rows and steps."""
-        return torch.tensor(
-            [self._totals(self._layers[layer])[1] for layer in self.layers], dtype=torch.int64
-        )
-
     def fractions(self) -> Tensor:
         """float64 ``[layers, num_kv_heads]``, read over present; NaN where there is no head."""
         read = self.tokens_read().to(torch.float64)
-        return read.where(read >= 0, torch.nan) / self.tokens_present()[:, None]
+        return read.where(read >= 0, torch.nan) / self._per_head(1)
 
     def read_fraction(self) -> float:
         """Tokens read over tokens present, all layers, KV heads and steps together.
@@ -205,9 +215,8 @@ class ReadStats:
             ValueError: No decode step has run yet.
         """
         self._require_steps()
-        read = self.tokens_read()
-        heads = (read >= 0).sum(1)
-        return float(read.clamp(min=0).sum() / (self.tokens_present() * heads).sum())
+        read, present = (self._per_head(which).clamp(min=0).sum() for which in (0, 1))
+        return float(read / present)
 
     def mass_read(self) -> MassRead:
         """Softmax mass read by each of :attr:`layers`, true and estimated.
@@ -230,13 +239,14 @@ class ReadStats:
             layer: Index of the layer.
 
         Returns:
-            Tokens read, int64 ``[steps, num_kv_heads]``, and tokens present, int64 ``[steps]``.
+            Tokens read, int64 ``[steps, num_kv_heads]``, and tokens present, int64 ``[steps]``
+            (the rounded mean over the heads where they differ).
         """
         counts = self._layers[layer]
         counts.flush()
         if not counts.kept_read:
             return torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        present = [value for chunk in counts.kept_present for value in chunk]
+        present = [round(np.mean(value)) for chunk in counts.kept_present for value in chunk]
         return torch.cat([chunk.cpu() for chunk in counts.kept_read]), torch.tensor(present)
 
     # ---------------------------------------------------------------- several ranks
@@ -259,7 +269,8 @@ class ReadStats:
         stats = cls()
         for layer, share in shares.items():
             counts = stats._layers[layer] = _LayerCounts(stats._kept_steps)
-            counts.read, counts.present, counts.steps = share.read, share.present, share.steps
+            counts.read, counts.steps = share.read, share.steps
+            counts.present = share.present.numpy()
             if len(share.step_read):
                 counts.kept_read.append(share.step_read)
                 counts.kept_present.append(share.step_present.tolist())
@@ -272,11 +283,13 @@ class ReadStats:
         on_device = 0 if counts.device_steps is None else int(counts.device_steps)
         return counts.steps + len(counts.waiting) + on_device
 
-    def _totals(self, counts: _LayerCounts) -> tuple[Tensor, int]:
+    def _totals(self, counts: _LayerCounts) -> tuple[Tensor, Tensor]:
+        """Tokens read and present, int64 ``[num_kv_heads]`` each."""
         counts.flush()
         parts = [part.cpu() for part in (counts.read, counts.device_read) if part is not None]
         on_device = 0 if counts.device_present is None else int(counts.device_present)
-        return torch.stack(parts).sum(0), counts.present + on_device
+        read, present = torch.stack(parts).sum(0), torch.as_tensor(counts.present + on_device)
+        return read, present.expand_as(read)
 
     def _require_steps(self) -> None:
         if not self.steps:

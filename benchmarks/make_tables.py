@@ -4,9 +4,9 @@
     python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
 
 A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
-``guided``, ``guided_decode``, ``memory``, ``steps``, ``walks``, ``gpu`` or ``gpu_steps``, of every
-device with a file ``results/NAME-<device>.json``. Only those of GPUs may have none, and an empty
-section.
+``guided``, ``guided_decode``, ``kvpress``, ``memory``, ``steps``, ``walks``, ``gpu`` or
+``gpu_steps``, of every device with a file ``results/NAME-<device>.json``. Only those of GPUs may
+have none, and an empty section. The table ``kvpress`` is in docs/kvpress.md (``--readme``).
 """
 
 from __future__ import annotations
@@ -84,6 +84,23 @@ def decode_table(results: Results) -> str:
     text = "Minima of interleaved runs, caches flushed"
     ceiling = f"a plain read reaches {results['ceiling_gbps']:.1f} GB/s"
     return f"{text}; {ceiling}. {conditions(results)}.\n\n{markdown(header, rows)}"
+
+
+def kvpress_table(results: Results) -> str:
+    columns = {
+        "KV MiB": "kv_bytes",
+        "process grew by MiB": "resident_bytes",
+        "at most, while decoding": "peak_decode_bytes",
+    }
+    rows = [
+        [f"`{row['press']}`", f"`{row['impl']}`"]
+        + [f"{row[key] / MIB:,.1f}" for key in columns.values()]
+        for row in results["rows"]
+    ]
+    prompt = re.sub(r".*_S(\d+)_.*", r"\1", results["rows"][0]["case"])
+    head = f"{results['model']}; a prompt of {prompt} tokens, presses that keep 20 %"
+    table = markdown(["press", "cache", *columns], rows, left=2)
+    return f"{head}. {conditions(results)}.\n\n{table}"
 
 
 def memory_table(results: Results) -> str:
@@ -255,6 +272,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "decode": decode_table,
     "guided": guided_table,
     "guided_decode": guided_decode_table,
+    "kvpress": kvpress_table,
     "memory": memory_table,
     "steps": steps_table,
     "walks": walks_table,

@@ -15,15 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from art_torch import ops
+from art_torch.evicted import EvictedTable
 from art_torch.integrations.transformers.exact import causal_mask, exact_attention
+from art_torch.integrations.transformers.exact_evicted import attend_to_prompt, exact_evicted
 from art_torch.integrations.transformers.layer import ARTLayer, layer_of
 from art_torch.integrations.transformers.masks import MaskInfo, info_of
 from art_torch.integrations.transformers.plan import pin_all_where, plan_dense, plan_paged
+from art_torch.integrations.transformers.presses import (
+    are_pressing,
+    forget_masked_keys,
+    wait_for_presses,
+)
 from art_torch.mass import mass_read
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from art_torch.criterion import Criterion
-    from art_torch.stats import ReadStats
+    from art_torch.stats import Present, ReadStats
 
 __all__ = ["LayerSettings", "art_attention", "settings_of"]
 
@@ -50,6 +59,7 @@ class LayerSettings:
         dense_every: A step is exact when it makes the tokens of a row a multiple of this.
         windows: Of all layers, as in an ``ARTCache`` of the model; None if it can have none.
         single_pages: int32 ``[batch, 1]``, the page table of a dense cache.
+        press_hook: What serves the presses of kvpress, from the first one on.
     """
 
     layer: int
@@ -64,6 +74,7 @@ class LayerSettings:
     dense_every: int | None = None
     windows: tuple[Any, ...] | None = None
     single_pages: Tensor | None = None
+    press_hook: RemovableHandle | None = None
 
     @property
     def guided(self) -> bool:
@@ -137,7 +148,9 @@ def art_attention(
     logits = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     own = dict(kwargs, dropout=dropout, sliding_window=sliding_window, **logits)
     reason = _why_exact(settings, module, query, key, value, kwargs)
+    pressed = settings is not None and are_pressing(module, settings)
     if layer is None:
+        forget_masked_keys(module, query, key)
         if settings is None or reason is not None:
             _note(settings, reason)
             eager_only = settings is not None and settings.eager_only
@@ -157,12 +170,21 @@ def art_attention(
     if settings.guided and not layer.is_sliding and layer.table.codes is None:
         _check_codes_can_start(layer)
         layer.use_codes()
+    if pressed and wait_for_presses(settings, layer):
+        return attend_to_prompt(module, settings, layer, query, new, attention_mask, own)
     if torch.compiler.is_compiling():
         _check_compilable(settings, layer, reason, attention_mask)
     elif reason is None and attention_mask is not None:
         reason = _why_not_this_mask(info_of(attention_mask), layer)
     if reason is not None:
         _note(settings, reason)
+        if layer.is_evicted:
+            why_not = attention_mask is not None and _why_not_this_mask(
+                info_of(attention_mask), layer
+            )
+            return exact_evicted(
+                module, settings, layer, query, new, attention_mask, own, why_not or None
+            )
         return _exact_paged(module, settings, layer, query, new, attention_mask, own)
     return _decode_paged(settings, layer, query, new, attention_mask, logits)
 
@@ -249,18 +271,13 @@ def _decode_paged(
         window = info.window
         if (first := info.window_starts()) is not None:
             starts, window = torch.from_numpy(first).to(query.device, torch.int32), None
-    storage = layer.storage
-    assert storage is not None
     result = _call(
         settings,
         logits,
         plan_paged(settings, layer),
         _dense_now(settings, layer),
         query=query[:, :, 0],
-        key_cache=storage.key_cache,
-        value_cache=storage.value_cache,
-        block_table=table.block_table,
-        seq_lens=table.seq_lens,
+        **layer.pages(),
         sliding_window=window,
         seq_starts=starts,
     )
@@ -269,7 +286,11 @@ def _decode_paged(
     else:
         rows = None if info is None else info.real_tokens()
         rows = None if rows is None else rows[:, 0]
-        settings.stats.add(settings.layer, result.tokens_read, table.visible_total(rows), rows)
+        if isinstance(table, EvictedTable):
+            present: Present = table.present_per_head(rows)
+        else:
+            present = table.visible_total(rows)
+        settings.stats.add(settings.layer, result.tokens_read, present, rows)
     return result.out.unsqueeze(1), None
 
 

@@ -37,7 +37,8 @@ class ARTCache(Cache):
     New tokens are written in place, memory grows by whole pages without copying old ones, pad
     tokens are never stored, and beams share their common pages until one of them writes. Layers
     with a sliding window hand back the pages that left it. Layers of linear attention keep their
-    states as in any other cache.
+    states as in any other cache. Of a prompt that a press of kvpress compresses, only what it keeps
+    is stored, head by head (``docs/kvpress.md``).
 
     Args:
         config: The model's config (``model.config``).
@@ -133,7 +134,7 @@ class ARTCache(Cache):
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the pages that hold tokens, and of their key codes."""
-        return sum(table.bytes_in_use for table in self.tables.values())
+        return sum(table.bytes_in_use for table in self._tables_in_use())
 
     def preallocate(self, max_length: int) -> None:
         """Allocates pages ahead, so that a decode step needs no bookkeeping on the host.
@@ -149,9 +150,10 @@ class ARTCache(Cache):
         Raises:
             CacheMemoryError: The memory limit does not allow it.
             ValueError: The cache is empty, or longer already.
+            NotImplementedError: A press has compressed it.
         """
         self._leave_static()
-        for table in self.tables.values():
+        for table in self._tables_in_use():
             table.preallocate(max_length)
 
     def _leave_static(self) -> None:
@@ -168,6 +170,10 @@ class ARTCache(Cache):
     def _linear(self) -> list[LinearAttentionLayer]:
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
 
+    def _tables_in_use(self) -> list[PageTable]:
+        """Those of :attr:`tables`, and one for each layer that a press has compressed."""
+        return list(dict.fromkeys(layer.table for layer in self._paged()))
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of every row.
 
@@ -176,8 +182,9 @@ class ARTCache(Cache):
 
         Raises:
             ValueError: It is positive, or there are not that many tokens.
-            RuntimeError: A sliding window has dropped tokens that would be visible again, or a
-                layer of linear attention cannot go back.
+            RuntimeError: A sliding window has dropped tokens that would be visible again, a layer
+                of linear attention cannot go back, or tokens of a prompt that a press has
+                compressed would be removed.
         """
         tokens_to_remove = int(tokens_to_remove)  # generate() passes a tensor
         if tokens_to_remove > 0:
@@ -185,7 +192,8 @@ class ARTCache(Cache):
                 f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
             )
         self._edit()
-        end = max(table.padded_len for table in self.tables.values()) + tokens_to_remove
+        tables = self._tables_in_use()
+        end = max(table.padded_len for table in tables) + tokens_to_remove
         for index, layer in enumerate(self.layers):
             # Layers differ after an interrupted forward pass, which cropping can undo.
             if isinstance(layer, ARTLayer) and layer.is_initialized and layer.padded_len < end:
@@ -200,7 +208,7 @@ class ARTCache(Cache):
                     "go back; reset() the cache"
                 )
             layer.crop(tokens_to_remove)
-        for table in self.tables.values():
+        for table in tables:
             table.crop(table.padded_len - end)
         for layer in self._paged():
             layer.padded_len = min(layer.padded_len, end)
@@ -215,14 +223,14 @@ class ARTCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row ``repeats`` times; pages are shared."""
-        for batch in {table.batch for table in self.tables.values()}:
+        for batch in {table.sequences for table in self._tables_in_use()}:
             self._select(torch.arange(batch).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
         self._edit()
         index = torch.as_tensor(rows).cpu().numpy()
-        for table in self.tables.values():
-            chosen = np.arange(table.batch)[index]
+        for table in self._tables_in_use():
+            chosen = np.arange(table.sequences)[index]
             table.select_rows(chosen)
         for layer in self._linear():
             layer.reorder_cache(torch.from_numpy(chosen))
@@ -236,12 +244,13 @@ class ARTCache(Cache):
     def reset(self) -> None:
         """Empties the cache; its memory is kept for the next sequences."""
         self._edit()
+        for layer in self._paged():
+            layer.leave_evicted()
+            layer.padded_len = 0
         for table in self.tables.values():
             table.reset()
         for linear in self._linear():
             linear.reset()
-        for layer in self._paged():
-            layer.padded_len = 0
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[Any, ...]:

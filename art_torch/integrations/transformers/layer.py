@@ -7,7 +7,7 @@ does see the mask, appends them (:meth:`ARTLayer.append`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from art_torch.cache import BoolArray, CacheMemoryError, PageTable, Step
 from art_torch.code_table import CodeStorage
+from art_torch.evicted import EvictedTable
 from art_torch.guided import encode_keys, key_code_bytes
 from art_torch.ops import append_kv
 from art_torch.page_storage import PageStorage
 
-__all__ = ["NOT_PATCHED", "ARTLayer", "layer_of"]
+__all__ = ["NOT_PATCHED", "ARTLayer", "Prompt", "layer_of"]
 
 NOT_PATCHED = (
     "ARTCache works with a patched model only, for its attention must read the pages: "
@@ -27,6 +28,35 @@ NOT_PATCHED = (
     "patched, either a forward pass was interrupted (crop() its tokens or reset() the cache) or "
     "the model computes with cached keys before its attention (use a DynamicCache)."
 )
+
+
+_INTERRUPTED_PRESS = (
+    "a press did not finish with the prompt of this ARTCache: reset() the cache and run the prompt "
+    "again"
+)
+
+
+class Prompt(NamedTuple):
+    """A prompt that waits for what presses leave of it.
+
+    Attributes:
+        keys: ``[batch, num_kv_heads, tokens, head_dim]``.
+        values: ``[batch, num_kv_heads, tokens, value_dim]``.
+        real: bool ``[batch, tokens]``, False for a pad; None if there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    real: BoolArray | None
+
+
+class _Place(NamedTuple):
+    """Where a layer keeps its tokens."""
+
+    table: PageTable
+    storage: PageStorage | None
+    codes: CodeStorage | None
+    coded_generation: int | None
 
 
 class _NewKeys(Tensor):
@@ -84,6 +114,8 @@ class ARTLayer(CacheLayerMixin):
         self.codes: CodeStorage | None = None  # from the first pass on with codes in the table
         self.coded_generation: int | None = None  # of the codes that are written, None for none
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.prompt: Prompt | None = None  # not stored yet: presses decide what is
+        self._before_eviction: _Place | None = None
         self.padded_len = 0  # tokens this layer has seen; equals the table's between passes
 
     @property
@@ -106,19 +138,30 @@ class ARTLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserves the pages, for keys and values ``[batch, num_kv_heads, tokens, head_dim]``."""
-        table, heads = self.table, key_states.shape[1]
-        dims = key_states.shape[-1], value_states.shape[-1]
-        dtype, device = key_states.dtype, key_states.device
+        heads, dims = key_states.shape[1], (key_states.shape[-1], value_states.shape[-1])
+        self.storage = self._add_storage(self.table, heads, dims, key_states)
+        self.is_initialized = True
+
+    @staticmethod
+    def _add_storage(
+        table: PageTable,
+        heads: int,
+        dims: tuple[int, int],
+        like: Tensor,
+        pages: int | None = None,
+    ) -> PageStorage:
+        """Reserves pages of the dtype and on the device of ``like``; None for what may be."""
+        dtype, device = like.dtype, like.device
         table.pages.device = device
         if table.codes is not None:
             table.codes.groups.device = device
 
         def make(max_pages: int) -> PageStorage:
-            return PageStorage(heads, *dims, table.page_size, dtype, device, max_pages)
+            size = max_pages if pages is None else pages
+            return PageStorage(heads, *dims, table.page_size, dtype, device, size)
 
         page_bytes = heads * sum(dims) * table.page_size * dtype.itemsize
-        self.storage = table.pages.add_storage(make, page_bytes)
-        self.is_initialized = True
+        return table.pages.add_storage(make, page_bytes)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -133,7 +176,12 @@ class ARTLayer(CacheLayerMixin):
 
         Returns:
             The new keys and values only.
+
+        Raises:
+            RuntimeError: A press was interrupted.
         """
+        if self.prompt is not None:
+            raise RuntimeError(_INTERRUPTED_PRESS)
         self.pending, self.lent = (key_states, value_states), None
         marked = key_states.as_subclass(_NewKeys)
         marked._art_layer = self
@@ -153,6 +201,9 @@ class ARTLayer(CacheLayerMixin):
             ValueError: The tokens are on another device than the pages, or of other heads.
         """
         table = self.table
+        if isinstance(table, EvictedTable):
+            key, value = (new.flatten(0, 1).unsqueeze(1) for new in (key, value))
+            real = None if real is None else real.repeat(table.num_kv_heads, axis=0)
         if table.static_len:
             if self.leads:
                 table.advance()
@@ -160,6 +211,11 @@ class ARTLayer(CacheLayerMixin):
             assert slots is not None
         else:
             slots = self._join_step(key, value, real).slots
+        self._write(key, value, slots)
+        self._encode()
+
+    def _write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Writes keys and values, ``[rows, heads, tokens, dim]``, to slots ``[rows * tokens]``."""
         storage = self.storage
         assert storage is not None
         if key.requires_grad or value.requires_grad:
@@ -171,7 +227,6 @@ class ARTLayer(CacheLayerMixin):
         if not key.dtype == value.dtype == storage.dtype:  # autocast
             key, value = key.to(storage.dtype), value.to(storage.dtype)
         append_kv(key, value, storage.key_cache, storage.value_cache, slots)
-        self._encode()
 
     def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
         table, tokens = self.table, key.shape[2]
@@ -208,6 +263,88 @@ class ARTLayer(CacheLayerMixin):
                 f"keys have {got[0]} of {got[1]}: it was used by another model; make one for each, "
                 "ARTCache(model.config)"
             )
+
+    def pages(self) -> dict[str, Tensor]:
+        """Keys, values and where they are, as arguments of :func:`art_torch.decode_attention`."""
+        table, storage = self.table, self.storage
+        assert storage is not None
+        pages = {
+            "key_cache": storage.key_cache,
+            "value_cache": storage.value_cache,
+            "block_table": table.block_table,
+            "seq_lens": table.seq_lens,
+        }
+        if not isinstance(table, EvictedTable):
+            return pages
+        heads = table.num_kv_heads
+        for name in ("key_cache", "value_cache"):
+            pages[name] = pages[name].expand(-1, -1, heads, -1)
+        for name in ("block_table", "seq_lens"):
+            pages[name] = pages[name].unflatten(0, (-1, heads))
+        return pages
+
+    # ---------------------------------------------------------------- presses
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether a press has compressed the prompt."""
+        return self._before_eviction is not None
+
+    def evict(self, keys: Tensor, values: Tensor, kept: Tensor) -> None:
+        """Stores what presses have left of the prompt that waits, head by head.
+
+        Args:
+            keys: ``[batch, num_kv_heads, candidates, head_dim]``.
+            values: ``[batch, num_kv_heads, candidates, value_dim]``.
+            kept: bool ``[batch, num_kv_heads, candidates]``, the tokens to store.
+
+        Raises:
+            CacheMemoryError: The memory limit does not allow it. Nothing is stored then.
+        """
+        prompt, shared = self.prompt, self.table
+        assert prompt is not None
+        table = EvictedTable(shared.page_size, shared.pages.budget, keys.shape[1])
+        rows = kept.flatten(0, 1).cpu().numpy()
+        pages = int((-(-rows.sum(1) // table.page_size)).sum())
+        dims = keys.shape[-1], values.shape[-1]
+        # As many again for what follows; a growing storage copies what it has.
+        storage = self._add_storage(table, 1, dims, keys, 2 * pages + len(rows))
+        step = table.begin_prompt(rows, prompt.keys.shape[2], prompt.real)
+        self._before_eviction = _Place(shared, self.storage, self.codes, self.coded_generation)
+        self._move(_Place(table, storage, None, None))
+        keys, values = (left.flatten(0, 1).unsqueeze(1) for left in (keys, values))
+        self._write(keys, values, step.slots)
+        self.prompt, self.padded_len = None, table.padded_len
+        self.is_initialized = True
+        if shared.codes is not None:
+            self.use_codes()
+
+    def _move(self, place: _Place) -> None:
+        self.table, self.storage, self.codes, self.coded_generation = place
+
+    def leave_evicted(self) -> None:
+        """Back to the pages all layers share, without any token."""
+        self.prompt = None
+        if self._before_eviction is not None:
+            self.table.give_up()
+            self._move(self._before_eviction)
+            self._before_eviction = None
+            self.is_initialized = self.storage is not None
+
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All that is stored after a press, dense.
+
+        Returns:
+            Keys ``[batch, num_kv_heads, longest, head_dim]``, values, and bool
+            ``[batch, num_kv_heads, longest]``, False where a head has no token.
+        """
+        table, storage = self.table, self.storage
+        assert isinstance(table, EvictedTable)
+        assert storage is not None
+        slots, is_token = (torch.from_numpy(a).to(storage.device) for a in table.stored_slots())
+        heads = (-1, table.num_kv_heads)
+        keys, values = (part[:, 0].unflatten(0, heads) for part in storage.gather(slots))
+        return keys, values, is_token.unflatten(0, heads)
 
     # ---------------------------------------------------------------- key codes
 
@@ -246,7 +383,11 @@ class ARTLayer(CacheLayerMixin):
             self.storage.foreign_writes = 0
         if self.coded_generation != codes.generation:
             self._encode()
-        return {"key_codes": self.codes.key_codes, "code_table": codes.code_table}
+        records, groups = self.codes.key_codes, codes.code_table
+        if isinstance(self.table, EvictedTable):
+            heads = self.table.num_kv_heads
+            records, groups = records.expand(-1, heads, -1), groups.unflatten(0, (-1, heads))
+        return {"key_codes": records, "code_table": groups}
 
     def _join_codes(self) -> None:
         """Makes room for codes, if the table has them and the layer has keys."""

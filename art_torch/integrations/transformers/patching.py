@@ -33,7 +33,7 @@ from art_torch.stats import ReadStats
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["PatchHandle", "patch_model"]
+__all__ = ["PatchHandle", "attention_modules", "patch_model"]
 
 OnCall = Callable[[int, dict[str, Any], DecodeResult], None]
 
@@ -70,6 +70,9 @@ class PatchHandle:
             return
         self.active = False
         for module in self._modules:
+            settings = settings_of(module)
+            if settings is not None and settings.press_hook is not None:
+                settings.press_hook.remove()
             del module._art_settings
         for config in self._configs:
             _SwitchedConfig.release(config)
@@ -181,7 +184,7 @@ def patch_model(
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     _check_patchable(model, modules)
     devices = _devices_of(model)
     if options["walk"] == "guided":
@@ -253,7 +256,7 @@ def _num_kv_heads(module: nn.Module) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that call the attention interface of a decoder."""
     return [
         module

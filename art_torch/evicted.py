@@ -1,0 +1,123 @@
+"""What a press has left of a prompt, in pages: heads may keep different tokens.
+
+A row of the table is one KV head of one sequence, and a page holds tokens of one head. So pages are
+allocated for what each head keeps, and operators read them with a page table per head over a pool
+whose stride between heads is 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from art_torch.cache import BoolArray, MemoryBudget, PageTable, Step
+from art_torch.page_map import IntArray
+
+__all__ = ["EvictedTable"]
+
+
+class EvictedTable(PageTable):
+    """Where the tokens of one layer are, head by head.
+
+    Lengths that the caller counts (``padded_len``) include the tokens that were evicted; lengths
+    that are stored (``seq_lens``) do not. Tokens after the prompt are kept by all heads.
+
+    Args:
+        page_size: Tokens a page.
+        budget: The memory limit.
+        num_kv_heads: Rows of one sequence; row ``b * num_kv_heads + h`` is head h of sequence b.
+
+    Attributes:
+        num_kv_heads: As above.
+        prompt_tokens: Tokens of the prompt as the caller counts them.
+    """
+
+    def __init__(self, page_size: int, budget: MemoryBudget, num_kv_heads: int) -> None:
+        self.num_kv_heads, self.prompt_tokens = num_kv_heads, 0
+        self._prompt_real: BoolArray | None = None
+        super().__init__(page_size, None, budget, num_layers=1)
+
+    def begin_prompt(self, kept: BoolArray, tokens: int, real: BoolArray | None) -> Step:
+        """Makes room for what is left of a prompt.
+
+        Args:
+            kept: bool ``[batch * num_kv_heads, candidates]``, the tokens to store.
+            tokens: Length of the prompt as the caller counts it, pads and evicted tokens included.
+            real: bool ``[batch, tokens]``, False for a pad; None if there is none.
+
+        Returns:
+            Where they go.
+
+        Raises:
+            CacheMemoryError: The limit does not allow it. Nothing has changed then.
+        """
+        rows, candidates = kept.shape
+        step = self.begin_step(rows, candidates, kept)
+        self._real, self._prompt_real = None, real
+        self.padded_len = self.prompt_tokens = tokens
+        return step
+
+    @property
+    def sequences(self) -> int:
+        """Sequences, each with a row per head."""
+        return self.batch // self.num_kv_heads
+
+    @property
+    def has_pads(self) -> bool:
+        """Whether any sequence ever had a pad token."""
+        return self._prompt_real is not None or super().has_pads
+
+    def real_tokens(self, start: int, end: int) -> BoolArray | None:
+        """Of padded positions: bool ``[batch, end - start]``, False for a pad; None if all real."""
+        if not self.has_pads:
+            return None
+        real = np.ones((self.sequences, self.padded_len), np.bool_)
+        if self._real is not None:
+            real[:] = self._real[:: self.num_kv_heads]
+        if self._prompt_real is not None:
+            real[:, : self.prompt_tokens] = self._prompt_real
+        return real[:, start:end]
+
+    def stored_slots(self) -> tuple[IntArray, BoolArray]:
+        """Slots of all stored tokens, ``[rows, longest]`` each, and which of them are tokens."""
+        index = np.tile(np.arange(self.longest), (self.batch, 1))
+        stored = index < self._lens[:, None]
+        return self._slots_of(index, stored, 0), stored
+
+    def present_per_head(self, rows: BoolArray | None = None) -> IntArray:
+        """Stored tokens, int64 ``[num_kv_heads]``, summed over the sequences (or some of them)."""
+        lens = self._lens.reshape(-1, self.num_kv_heads)
+        total: IntArray = (lens if rows is None else lens[rows]).sum(0, dtype=np.int64)
+        return total
+
+    def crop(self, tokens: int) -> None:
+        """Removes the last ``tokens`` padded positions of every sequence.
+
+        Raises:
+            ValueError: ``tokens`` is negative or more than there are.
+            RuntimeError: Tokens of the prompt would be removed.
+        """
+        if self.padded_len - self.prompt_tokens < tokens <= self.padded_len:
+            raise RuntimeError(
+                f"cannot crop {tokens} tokens: only {self.padded_len - self.prompt_tokens} came "
+                "after the prompt, which a press has compressed: reset() the cache instead, and do "
+                "not combine presses with speculative decoding, whose first guesses are taken for "
+                "the prompt"
+            )
+        super().crop(tokens)
+
+    def select_rows(self, rows: IntArray) -> None:
+        """Sequence i becomes the old sequence ``rows[i]``; pages are shared."""
+        if self._prompt_real is not None:
+            self._prompt_real = self._prompt_real[rows]
+        heads = self.num_kv_heads
+        super().select_rows((rows[:, None] * heads + np.arange(heads)).reshape(-1))
+
+    def preallocate(self, length: int) -> None:
+        """Refused: every head would get pages for all that it may hold.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "preallocate() does not work on a cache that a press has compressed: decode without it"
+        )
