@@ -145,7 +145,8 @@ SECTIONS = {
         "Works",
         "Tokens and logits are those of the model's eager attention: patched with its own cache, "
         "with an `ARTCache`, and with the guided walk. *Layers* is how many of the tiny model's "
-        "layers decode by the operator; others are no attention (linear attention, say).",
+        "layers decode by the operator; others are no attention (linear attention, say), or the "
+        "same layers over again (`hrm_text`).",
     ),
     "partly": (
         "Works in part",
