@@ -180,7 +180,8 @@ def art_mask(
     if q_length == 1:
         # generate() calls contiguous() on it, and a copy would not carry the information.
         mask = mask.contiguous()
-    info = MaskInfo(is_causal, padding, int(q_offset), q_length, kv_offset, window)
+    # Offsets are tensors after generate() has cropped a cache by one.
+    info = MaskInfo(is_causal, padding, int(q_offset), q_length, int(kv_offset), window)
     mask._art_info = info  # type: ignore[attr-defined]
     return mask
 
