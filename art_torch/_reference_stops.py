@@ -145,19 +145,17 @@ def decision_margin(
 
     A kernel works in float32 (and, for half types, with rounded probabilities), so its d_scale and
     d_direction lie in a band around those of float64. With eta = 2^-24 (1 + max |x|), plus 2^-9 for
-    bfloat16 or 2^-12 for float16, the output after a block is uncertain by
-    delta = (eta + 2^-24 / (1 - w)) w r + 2^-50, relative to |o_{j-1}|, and
+    bfloat16 or 2^-12 for float16, the output after a block is uncertain by delta = eta w r + 2^-50,
+    relative to |o_{j-1}|, and
 
         d_scale      lies within  k delta,
         d_direction  lies within  k (delta sqrt(2 d_direction) + delta^2
                                      + eta d_direction + eta d_scale^2),
 
-    with k = 16 and x, w, r from `BlockChange`. (2^-24 / (1 - w): a kernel has the denominator after
-    the block, with the rounding of that, and what it was before is a part 1 - w of it. 2^-50 stands
-    for the rounding of float64 itself; it only matters for thresholds near 0.) Whether a block is
-    stable is uncertain when moving both changes of every head of the group freely within their
-    bands can turn it into an unstable one or back. So one head that is clearly unstable settles the
-    block, whatever the other heads do.
+    with k = 16 and x, w, r from `BlockChange`. (2^-50 stands for the rounding of float64 itself; it
+    only matters for thresholds near 0.) Whether a block is stable is uncertain when moving both
+    changes of every head of the group freely within their bands can turn it into an unstable one or
+    back. So one head that is clearly unstable settles the block, whatever the other heads do.
 
     What `ResidualMass` compares, log(R) - log(T) with its limit, lies
 
@@ -209,9 +207,7 @@ def _is_stable(change: BlockChange, limits: Tensor | None, dtype: torch.dtype) -
     assert limits is not None
     eta = 2.0**-24 * (1.0 + change.max_logit) + PROBABILITY_ROUNDING.get(dtype, 0.0)
     scale, direction = change.d_scale, change.d_direction
-    # Infinite times nothing, where all values are zero, is no uncertainty.
-    before = (2.0**-24 / (1.0 - change.weight)).where(change.spread > 0, 0.0)
-    delta = (eta + before) * change.weight * change.spread + 2.0**-50
+    delta = eta * change.weight * change.spread + 2.0**-50
     scale_band = MARGIN * delta
     direction_band = MARGIN * (
         delta * (2.0 * direction).sqrt() + delta**2 + eta * direction + eta * scale**2
