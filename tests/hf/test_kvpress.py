@@ -518,7 +518,8 @@ def test_nothing_is_left(llama):
         raise KeyError("mine")
     assert traces_of_patching(llama) == before
     assert (AttentionInterface._global_mapping, dict(ALL_ATTENTION_FUNCTIONS)) == functions
-    assert not any(hasattr(module, "masked_key_indices") for module in llama.modules())
+    # Whoever runs attention after kvpress was imported leaves None there.
+    assert all(getattr(module, "masked_key_indices", None) is None for module in llama.modules())
     assert_same(generate(llama, ids, DynamicCache(config=llama.config)), expected)
 
 

@@ -21,6 +21,13 @@ from transformers.distributed import DistributedConfig
 import art_torch
 from art_torch.stats import ReadStats
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
 RANKS = 2
 STEPS = 6
 RULE = art_torch.Stability(d_scale=0.3, d_direction=0.1, patience=1)
@@ -118,7 +125,7 @@ def torchrun(ranks: int, script: Path, *arguments: str) -> subprocess.CompletedP
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*command, f"--nproc-per-node={ranks}", str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -187,7 +194,7 @@ def test_gathered_mass_is_that_of_one_process(results, case):
 
 # ---------------------------------------------------------------- the example
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tensor_parallel.py"
+EXAMPLE = ROOT / "examples" / "tensor_parallel.py"
 
 
 def tokens_of(done: subprocess.CompletedProcess[str]) -> list[int]:
@@ -225,7 +232,7 @@ def test_the_example_reads_less_by_a_preset():
 )
 def test_the_example_says_what_is_wrong(arguments, message):
     command = [sys.executable, str(EXAMPLE), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert message in done.stderr
 
