@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from art_torch.integrations.transformers.attention import LayerSettings, _call, settings_of
-from art_torch.integrations.transformers.exact import _eager_of
+from art_torch.integrations.transformers.attention import LayerSettings, call_operator, settings_of
+from art_torch.integrations.transformers.exact import eager_of
 from art_torch.integrations.transformers.paged_step import LayerPool, PagedStep, layer_pool
 from art_torch.ops import append_kv
 
@@ -106,7 +106,7 @@ def _decode(
         settings.note_once(_WINDOW_NOTE)
         plan |= {"criterion": None, "walk": "oldest_first"}
     rows = step.rows(pool)
-    result = _call(
+    result = call_operator(
         settings,
         {name: own.get(name) for name in ("scaling", "softcap", "s_aux")},
         plan,
@@ -167,7 +167,7 @@ def _own_attention(
 ) -> tuple[Tensor, Tensor | None]:
     config: PreTrainedConfig = module._art_own_config
     function = ALL_ATTENTION_FUNCTIONS.get_interface(
-        config._attn_implementation, _eager_of(type(module))
+        config._attn_implementation, eager_of(type(module))
     )
     attended: tuple[Tensor, Tensor | None] = function(
         _OwnModule(module, config), query, key, value, mask, **own
