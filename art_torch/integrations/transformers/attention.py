@@ -371,12 +371,14 @@ def call_operator(
     if logits["s_aux"] is not None:
         arguments["attn_sinks"] = logits["s_aux"]
     arguments.update(plan, scale=logits["scaling"])
+    planned = arguments
     if dense is not None and arguments["criterion"] is not None:
         most = arguments["block_table"].shape[-1] * arguments["key_cache"].shape[1]
-        arguments = pin_all_where(dense, most, arguments)
+        arguments = pin_all_where(dense, most, planned)
     result = ops.decode_attention(**arguments)
     if settings.measure_mass:
-        settings.stats.add_mass(settings.layer, *mass_read(arguments, result))
+        # As planned: the guided walk still has the codes by which mass is estimated.
+        settings.stats.add_mass(settings.layer, *mass_read(planned, result))
     if settings.on_call is not None:
         settings.on_call(settings.layer, arguments, result)
     return result
