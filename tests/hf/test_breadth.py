@@ -358,6 +358,38 @@ def test_lora_of_peft():
     assert recorder.stopped > 0
 
 
+def test_graphed_decoder_of_peft():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base, model = adapted(peft)
+    ids, shapes = prompt(2, 60), []
+    expected = generate(model, ids, max_new_tokens=6).sequences
+    with art_torch.patch(model, None):
+        base.lm_head.register_forward_hook(lambda _module, _args, out: shapes.append(out.shape[1]))
+        got = art_torch.GraphedDecoder(model, max_length=70).generate(ids, 6)
+    assert torch.equal(got, expected)
+    assert shapes == [1] * 6  # of the prompt as well, only the last token has logits
+    settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(build("llama"), settings).eval()
+    with pytest.raises(ValueError, match=r"has virtual tokens of peft"):
+        art_torch.GraphedDecoder(model, max_length=70)
+
+
+@pytest.mark.parametrize("walk", ["sink_recent", "guided"])
+def test_graphed_decoder_with_linear_attention(hybrid, walk):
+    ids, mask = left_padded(2, 330)
+    options = {"attention_mask": mask, "max_new_tokens": 8}
+    with art_torch.patch(hybrid, RULE, walk, block_size=16, dense_every=3) as handle:
+        cache = art_torch.ARTCache(hybrid.config)
+        expected = generate(hybrid, ids, cache, **options).sequences
+        read = handle.stats.tokens_read()
+        assert handle.stats.read_fraction() < 1.0
+        decoder = art_torch.GraphedDecoder(hybrid, max_length=340)
+        for _ in range(2):  # the second prompt finds the states of the first
+            handle.stats.reset()
+            assert torch.equal(decoder.generate(ids, **options), expected)
+            assert torch.equal(handle.stats.tokens_read(), read)
+
+
 def test_weights_quantised_by_torchao():
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     model = build("llama")
