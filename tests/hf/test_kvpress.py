@@ -10,15 +10,23 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from batched import batching
 from test_art_on import SIZES, Recorder
 from test_exact import TOKENS, assert_same, generate, left_padded
 from test_guided import GuidedRecorder
 from test_patch import traces_of_patching
-from tiny_models import LAYERS, TINY, build, prompt
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
+from tiny_models import LAYERS, PAD, TINY, build, prompt
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import art_torch
+from art_torch.integrations import continuous_batching
 from art_torch.integrations.kvpress import compatible
 from art_torch.integrations.transformers import presses
 
@@ -594,6 +602,33 @@ def test_speculative_decoding(llama):
     refused = pytest.raises(RuntimeError, match="do not combine presses with speculative decoding")
     with art_torch.patch(llama, None), press_of("knorm")(llama), refused:
         generate(llama, ids, art_torch.ARTCache(llama.config), prompt_lookup_num_tokens=4)
+
+
+def test_continuous_batching(llama):
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=-1, pad_token_id=PAD)
+    with art_torch.patch(llama, None) as handle, press_of("knorm")(llama):
+        generate(llama, prompt(1, PROMPT), art_torch.ARTCache(llama.config))
+        with continuous_batching.enable(handle):
+            outputs = llama.generate_batch(
+                prompt(1, PROMPT).tolist(),
+                generation_config=config,
+                continuous_batching_config=batching(),
+            )
+    (output,) = outputs.values()
+    assert "presses of kvpress cannot compress the cache of continuous batching" in output.error
+
+
+def test_graphed_decoder(llama):
+    ids = prompt(1, PROMPT)
+    with art_torch.patch(llama, None):
+        decoder = art_torch.GraphedDecoder(llama, max_length=300)
+        expected = decoder.generate(ids, 5)
+        with press_of("knorm")(llama):
+            with pytest.raises(NotImplementedError, match="a press has compressed"):
+                decoder.prefill(ids)
+            with pytest.raises(RuntimeError, match="call prefill again"):
+                decoder.step(ids[:, 0])
+        assert torch.equal(decoder.generate(ids, 5), expected)
 
 
 def test_preallocation(llama):
