@@ -278,6 +278,10 @@ STABILITY = {"d_scale": 0.1, "d_direction": 0.1, "patience": 1}
             "layer 3: d_scale must be a number or a list of numbers",
         ),
         (
+            one_layer({"stability": STABILITY | {"d_scale": []}}),
+            "layer 3: d_scale .* an empty list",
+        ),
+        (
             one_layer({"stability": STABILITY | {"d_scale": [0.1, -0.1]}}),
             "layer 3: d_scale must not be negative or NaN",
         ),
