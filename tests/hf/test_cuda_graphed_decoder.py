@@ -173,3 +173,30 @@ def test_what_calls_python_is_not_recorded(option, model_on, monkeypatch):
             monkeypatch.setattr(art_torch.GraphedDecoder, "_records", True)
         with pytest.raises(RuntimeError, match="cannot be recorded in a CUDA graph"):
             decoder.prefill(ids)
+
+
+def test_one_stream_at_a_time(model_on):
+    model = model_on("llama")
+    ids = prompt(1, 40).to(model.device)
+    with art_torch.patch(model, None):
+        decoder = art_torch.GraphedDecoder(model, max_length=60)
+        first = decoder.stream(ids, 6)
+        next(first)
+        decoder.generate(ids, 3)
+        with pytest.raises(RuntimeError, match="another prompt has run since this stream began"):
+            next(first)
+
+
+def test_steps_in_another_mode_than_the_prompt(model_on):
+    model = model_on("gemma2")
+    ids = prompt(2, 90).to(model.device)
+    with art_torch.patch(model, RULE, walk="guided"):
+        decoder = art_torch.GraphedDecoder(model, max_length=100)
+        expected = decoder.generate(ids, 6)[:, 90:]
+        got = []
+        with torch.inference_mode():
+            logits = decoder.prefill(ids)
+        for _ in range(6):
+            got.append(logits.argmax(-1))
+            logits = decoder.step(got[-1])
+    assert torch.equal(torch.stack(got, 1), expected)

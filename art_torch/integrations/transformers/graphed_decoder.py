@@ -91,6 +91,7 @@ class GraphedDecoder:
         self._logits = torch.empty(0)  # of the recorded step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = self._longest = 0  # since the prompt, and tokens of the longest row
+        self._prompts = 0
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -133,11 +134,13 @@ class GraphedDecoder:
         if self._records:
             self._check_recordable()
         self._longest, self._steps, self._graph = longest, 0, None
+        self._prompts += 1
         self.cache.reset()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self._forward(input_ids, position_ids=positions, attention_mask=mask)
         self.cache.preallocate(self.max_length)
-        self._token, self._position = torch.empty_like(lengths), lengths
+        with torch.inference_mode(False):  # steps write to them, in any mode
+            self._token, self._position = torch.empty_like(lengths), lengths.clone()
         return logits
 
     @torch.no_grad()
@@ -188,12 +191,14 @@ class GraphedDecoder:
             int64 ``[batch]``. A row that has ended repeats the model's pad token, or else its last.
 
         Raises:
+            RuntimeError: As :meth:`prefill`, or another prompt has run since.
             ValueError: As :meth:`prefill`, or the new tokens do not fit into ``max_length``.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         choose = choose or (lambda logits: logits.argmax(-1))
         logits = self.prefill(input_ids, attention_mask)
+        prompt = self._prompts
         # The last token is not fed any more.
         if self._longest + max_new_tokens - 1 > self.max_length:
             raise ValueError(
@@ -210,6 +215,8 @@ class GraphedDecoder:
             ended |= torch.isin(tokens, ends)
             if i + 1 == max_new_tokens or (len(ends) > 0 and bool(ended.all())):
                 return
+            if self._prompts != prompt:
+                raise RuntimeError("another prompt has run since this stream began")
             logits = self.step(tokens)
 
     def generate(
