@@ -96,6 +96,7 @@ class PageTable:
         self._visible: int | None = None
         self._longest: int | None = None
 
+    @torch.inference_mode(False)  # made inside of it, they could not be written to outside
     def _publish(self) -> None:
         """Brings the tensors up to date. On the CPU they share memory with the arrays."""
         table = self.pages.table
@@ -365,6 +366,7 @@ class PageTable:
         if self.codes is not None:
             self.codes.groups.give_up()
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
         clone = copy.copy(self)
         memo[id(self)] = clone
@@ -377,6 +379,7 @@ class PageTable:
 
     # ---------------------------------------------------------------- lengths as tensors
 
+    @torch.inference_mode(False)
     def preallocate(self, length: int) -> None:
         """Gives every row pages for ``length`` stored tokens; from now on lengths are tensors.
 

@@ -154,9 +154,11 @@ class CodeTable:
         else:
             self.code_table = torch.from_numpy(table).to(device)
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> CodeTable:
         clone = copy.copy(self)
         memo[id(self)] = clone
         clone.groups = copy.deepcopy(self.groups, memo)
+        clone.code_table = self.code_table.clone()
         clone.coded_lens = None
         return clone

@@ -134,6 +134,8 @@ def _rule_of(name: str, value: Any) -> Any:
 def _number(name: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
+    if not value:
+        raise ValueError(f"{name} must be a number or a list of numbers, got an empty list")
     for entry in value:
         if isinstance(entry, bool) or not isinstance(entry, (int, float)):
             raise ValueError(f"{name} must be a number or a list of numbers, got {value}")

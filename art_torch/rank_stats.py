@@ -24,7 +24,7 @@ class LayerShare(NamedTuple):
         present: int64 ``[num_kv_heads]``, tokens each head could have read.
         steps: Decode steps.
         step_read: int64 ``[kept_steps, num_kv_heads]``, of the steps that are kept one by one.
-        step_present: int64 ``[kept_steps]``.
+        step_present: int64 ``[kept_steps]``, the mean over the heads of the rank.
         mass: float64 ``[mass_steps]`` each: true, lowest and estimated share of the softmax mass;
             empty where it was not measured.
     """
@@ -108,9 +108,12 @@ def _join(layer: int, shares: list[LayerShare], num_kv_heads: int) -> LayerShare
     true, lowest, estimated = (
         torch.stack(values) for values in zip(*(share.mass for share in shares), strict=True)
     )
+    # A press may leave more to the heads of one rank than to those of another.
+    step_present = torch.stack([share.step_present for share in shares])
     return first._replace(
         read=torch.cat([share.read for share in shares]),
         present=torch.cat([share.present for share in shares]),
         step_read=torch.cat([share.step_read for share in shares], dim=1),
+        step_present=(weights @ step_present.double()).round().long(),
         mass=(weights @ true, lowest.amin(0), weights @ estimated),
     )

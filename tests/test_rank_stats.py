@@ -10,11 +10,11 @@ from art_torch.rank_stats import all_shares, join_shares
 from art_torch.stats import ReadStats
 
 
-def counted(read: list[list[int]]) -> ReadStats:
+def counted(read: list[list[int]], present: int = 10) -> ReadStats:
     """Steps of layer 3, of one row; ``read`` is ``[steps][num_kv_heads]``."""
     stats = ReadStats()
     for of_step in read:
-        stats.add(3, torch.tensor([of_step], dtype=torch.int32), 10)
+        stats.add(3, torch.tensor([of_step], dtype=torch.int32), present)
     return stats
 
 
@@ -31,6 +31,14 @@ def test_heads_follow_one_another_in_the_order_of_the_ranks():
     assert read.tolist() == [[1, 2, 5, 6], [3, 4, 7, 8]]
     assert present.tolist() == [10, 10]
     assert joined.read_fraction() == pytest.approx(36 / 80)
+
+
+def test_heads_of_a_rank_may_hold_more_tokens():
+    """As after a press with a budget for each head."""
+    joined = join([counted([[1, 2, 3]], present=10), counted([[4]], present=30)], 4)
+    assert joined.fractions().tolist() == [[0.1, 0.2, 0.3, 4 / 30]]
+    assert joined.tokens_present().tolist() == [15]
+    assert joined.per_step(3)[1].tolist() == [15]
 
 
 def test_ranks_that_have_all_heads_are_counted_once():

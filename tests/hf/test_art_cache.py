@@ -64,6 +64,18 @@ def test_batch_repeat_interleave(any_tiny):
         assert_continues(any_tiny, edit, 8)
 
 
+def test_rows_of_an_empty_cache(tiny):
+    """There is nothing to select, as in other caches."""
+    model = tiny("gemma2")
+    cache = art_torch.ARTCache(model.config)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([True, False]))
+    cache.batch_repeat_interleave(3)
+    with art_torch.patch(model, None):
+        got = generate(model, prompt(2, 50), cache)
+    assert torch.equal(got.sequences, generate(model, prompt(2, 50)).sequences)
+
+
 def test_reset_and_reuse(any_tiny):
     cache = art_torch.ARTCache(any_tiny.config)
     with art_torch.patch(any_tiny, None):

@@ -189,6 +189,17 @@ def test_steps_between_groups_write_nothing(monkeypatch):
     assert len(calls) == 2 * FULL_LAYERS
 
 
+def test_a_copy_has_a_code_table_of_its_own():
+    """On a GPU the table is written in place, at every step."""
+    driven = Driven()
+    driven.append(1, 200)
+    codes = driven.table.codes
+    before, copied = codes.code_table.clone(), copy.deepcopy(codes)
+    assert torch.equal(copied.code_table, before)
+    copied.code_table.fill_(-1)
+    assert torch.equal(codes.code_table, before)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_keys_written_by_others_are_encoded_again(inference):
     driven = Driven()

@@ -107,6 +107,8 @@ def test_choose_and_stream(model_on):
 def test_what_does_not_fit_is_refused(model_on):
     model = model_on("llama")
     ids = prompt(2, 40).to(model.device)
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got str"):
+        art_torch.GraphedDecoder("llama", 50)
     with pytest.raises(TypeError, match=r"must be an art_torch\.ARTCache, got str"):
         art_torch.GraphedDecoder(model, 50, cache="static")
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
@@ -143,3 +145,58 @@ def test_what_does_not_fit_is_refused(model_on):
         decoder.cache.crop(-1)
         with pytest.raises(RuntimeError, match="call prefill again"):
             decoder.step(ids[:, 0])
+
+
+def test_a_refused_prompt_changes_nothing(model_on):
+    model = model_on("llama")
+    ids = prompt(1, 40).to(model.device)
+    with art_torch.patch(model, None):
+        decoder = art_torch.GraphedDecoder(model, max_length=45)
+        expected = decoder.generate(ids, 4)[0, 40:].tolist()
+        logits, got = decoder.prefill(ids), []
+        with pytest.raises(ValueError, match="the prompt has 60 tokens, more than max_length 45"):
+            decoder.prefill(prompt(2, 60))
+        for _ in range(4):
+            got.append(int(logits.argmax()))
+            logits = decoder.step(logits.argmax(-1))
+    assert got == expected
+
+
+@pytest.mark.parametrize("option", [{"measure_mass": True}, {"on_call": lambda *_: None}])
+def test_what_calls_python_is_not_recorded(option, model_on, monkeypatch):
+    model = model_on("llama")
+    ids = prompt(1, 40).to(model.device)
+    with art_torch.patch(model, None, **option):
+        decoder = art_torch.GraphedDecoder(model, max_length=45)
+        if model.device.type == "cpu":
+            assert decoder.generate(ids, 2).shape == (1, 42)  # called one by one
+            monkeypatch.setattr(art_torch.GraphedDecoder, "_records", True)
+        with pytest.raises(RuntimeError, match="cannot be recorded in a CUDA graph"):
+            decoder.prefill(ids)
+
+
+def test_one_stream_at_a_time(model_on):
+    model = model_on("llama")
+    ids = prompt(1, 40).to(model.device)
+    with art_torch.patch(model, None):
+        decoder = art_torch.GraphedDecoder(model, max_length=60)
+        first = decoder.stream(ids, 6)
+        next(first)
+        decoder.generate(ids, 3)
+        with pytest.raises(RuntimeError, match="another prompt has run since this stream began"):
+            next(first)
+
+
+def test_steps_in_another_mode_than_the_prompt(model_on):
+    model = model_on("gemma2")
+    ids = prompt(2, 90).to(model.device)
+    with art_torch.patch(model, RULE, walk="guided"):
+        decoder = art_torch.GraphedDecoder(model, max_length=100)
+        expected = decoder.generate(ids, 6)[:, 90:]
+        got = []
+        with torch.inference_mode():
+            logits = decoder.prefill(ids)
+        for _ in range(6):
+            got.append(logits.argmax(-1))
+            logits = decoder.step(got[-1])
+    assert torch.equal(torch.stack(got, 1), expected)

@@ -131,6 +131,26 @@ def test_preallocated_steps_that_are_exact(tiny, walk):
             assert everything == ((301 + i) % every == 0)
 
 
+@pytest.mark.parametrize("walk", ["sink_recent", "guided"])
+def test_mass_of_preallocated_steps(tiny, walk):
+    model, shares = tiny("llama"), []
+    settings = {"walk": walk, "dense_every": 2, "block_size": 16, "measure_mass": True}
+    for preallocated in (False, True):
+        cache = art_torch.ARTCache(model.config)
+        with art_torch.patch(model, RULE, **settings) as handle:
+            model(prompt(1, 300), past_key_values=cache)
+            if preallocated:
+                cache.preallocate(310)
+            for i in range(2):
+                model(prompt(1, 1), position_ids=torch.tensor([[300 + i]]), past_key_values=cache)
+        shares.append(handle.stats.mass_read())
+    torch.testing.assert_close(shares[1].true, shares[0].true, rtol=1e-4, atol=0)
+    assert (shares[1].true < 1.0).all()
+    # Of the exact step there is an estimate where only the device knows that it is exact.
+    expected = (shares[0].estimated + 1) / 2
+    torch.testing.assert_close(shares[1].estimated, expected, rtol=1e-4, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
@@ -256,6 +276,10 @@ STABILITY = {"d_scale": 0.1, "d_direction": 0.1, "patience": 1}
         (
             one_layer({"stability": STABILITY | {"d_scale": [0.1, "a"]}}),
             "layer 3: d_scale must be a number or a list of numbers",
+        ),
+        (
+            one_layer({"stability": STABILITY | {"d_scale": []}}),
+            "layer 3: d_scale .* an empty list",
         ),
         (
             one_layer({"stability": STABILITY | {"d_scale": [0.1, -0.1]}}),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from art_torch.criterion import Criterion
     from art_torch.stats import Present, ReadStats
 
-__all__ = ["LayerSettings", "art_attention", "settings_of"]
+__all__ = ["LayerSettings", "art_attention", "call_operator", "settings_of"]
 
 logger = logging.getLogger("art_torch")
 
@@ -271,7 +271,7 @@ def _decode_paged(
         window = info.window
         if (first := info.window_starts()) is not None:
             starts, window = torch.from_numpy(first).to(query.device, torch.int32), None
-    result = _call(
+    result = call_operator(
         settings,
         logits,
         plan_paged(settings, layer),
@@ -320,7 +320,7 @@ def _decode_dense(
         starts, ends, total = None, everything, batch * tokens
     else:
         starts, ends, total = visible
-    result = _call(
+    result = call_operator(
         settings,
         logits,
         # Without a mask a window is not full, or there is none: all tokens are there.
@@ -347,24 +347,38 @@ def _dense_now(settings: LayerSettings, layer: ARTLayer) -> Tensor | None:
     return table.padded_tensor % settings.dense_every == 0
 
 
-def _call(
+def call_operator(
     settings: LayerSettings,
     logits: dict[str, Any],
     plan: dict[str, Any],
     dense: Tensor | None,
     **arguments: Any,
 ) -> ops.DecodeResult:
+    """Calls the operator for one layer, measures and reports the call as the patch was asked to.
+
+    Args:
+        settings: Of the layer.
+        logits: ``scaling``, ``softcap`` and ``s_aux``, as attention functions get them.
+        plan: Criterion, walk and sizes.
+        dense: Bool ``[]``, on the device: whether to read everything after all; None for no.
+        **arguments: The other arguments of :func:`art_torch.decode_attention`.
+
+    Returns:
+        What it returned.
+    """
     if logits["softcap"]:
         arguments["softcap"] = logits["softcap"]
     if logits["s_aux"] is not None:
         arguments["attn_sinks"] = logits["s_aux"]
     arguments.update(plan, scale=logits["scaling"])
+    planned = arguments
     if dense is not None and arguments["criterion"] is not None:
         most = arguments["block_table"].shape[-1] * arguments["key_cache"].shape[1]
-        arguments = pin_all_where(dense, most, arguments)
+        arguments = pin_all_where(dense, most, planned)
     result = ops.decode_attention(**arguments)
     if settings.measure_mass:
-        settings.stats.add_mass(settings.layer, *mass_read(arguments, result))
+        # As planned: the guided walk still has the codes by which mass is estimated.
+        settings.stats.add_mass(settings.layer, *mass_read(planned, result))
     if settings.on_call is not None:
         settings.on_call(settings.layer, arguments, result)
     return result

@@ -223,17 +223,21 @@ class ARTCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row ``repeats`` times; pages are shared."""
-        for batch in {table.sequences for table in self._tables_in_use()}:
-            self._select(torch.arange(batch).repeat_interleave(repeats))
+        self._select(torch.arange(self._batch).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
         self._edit()
-        index = torch.as_tensor(rows).cpu().numpy()
+        if self._batch == 0:
+            return  # nothing to select from, as in other caches
+        chosen = np.arange(self._batch)[torch.as_tensor(rows).cpu().numpy()]
         for table in self._tables_in_use():
-            chosen = np.arange(table.sequences)[index]
             table.select_rows(chosen)
         for layer in self._linear():
             layer.reorder_cache(torch.from_numpy(chosen))
+
+    @property
+    def _batch(self) -> int:
+        return max(table.sequences for table in self._tables_in_use())
 
     def _edit(self) -> None:
         self._leave_static()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-__all__ = ["causal_mask", "exact_attention"]
+__all__ = ["causal_mask", "eager_of", "exact_attention"]
 
 
 def exact_attention(
@@ -48,7 +48,7 @@ def exact_attention(
     if not needs_eager:
         own = {name: own[name] for name in own if name not in ("softcap", "s_aux")}
         return sdpa_attention_forward(module, query, key, value, mask, **own)  # type: ignore[no-any-return]
-    eager = _eager_of(type(module))
+    eager = eager_of(type(module))
     if eager is None:
         raise RuntimeError(
             f"{type(module).__name__} needs eager attention (softcap, sinks or attention weights) "
@@ -69,7 +69,7 @@ def exact_attention(
     return eager(module, query, key, value, mask, **own)  # type: ignore[no-any-return]
 
 
-def _eager_of(module_class: type) -> Callable[..., Any] | None:
+def eager_of(module_class: type) -> Callable[..., Any] | None:
     """The eager attention of the file that defines a module class, or a base of it."""
     for cls in module_class.__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)

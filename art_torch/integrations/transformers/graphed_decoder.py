@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from art_torch.integrations.transformers.attention import settings_of
 from art_torch.integrations.transformers.cache import ARTCache
+from art_torch.integrations.transformers.patching import base_model
 
 __all__ = ["GraphedDecoder", "cache_argument"]
 
@@ -19,7 +21,12 @@ _WARM_UP_STEPS = 3  # as torch.cuda.graph asks for
 
 def cache_argument(model: PreTrainedModel) -> str:
     """The name of a model's cache argument: transformers 5.24 has renamed it to ``cache``."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in _arguments_of(model) else "past_key_values"
+
+
+def _arguments_of(model: PreTrainedModel) -> set[str]:
+    """Names of what a model takes; a model of peft hands on what it does not name itself."""
+    return set(inspect.signature(base_model(model).forward).parameters)
 
 
 class GraphedDecoder:
@@ -35,8 +42,9 @@ class GraphedDecoder:
             ids = decoder.generate(input_ids, max_new_tokens=200)
 
     Args:
-        model: A causal language model, patched by :func:`art_torch.patch`, in eval mode, all of it
-            on one device.
+        model: A causal language model, or one of peft around it, patched by
+            :func:`art_torch.patch`, in eval mode, all of it on one device. On a GPU without
+            ``on_call`` and ``measure_mass``: a recorded step calls no Python.
         max_length: Tokens that a row may reach, new ones included and pads left out. The cache has
             room for them, and on a GPU work is planned for them.
         cache: An empty ``ARTCache`` of the model; None makes one.
@@ -46,20 +54,27 @@ class GraphedDecoder:
             :meth:`art_torch.ARTCache.preallocate`.
 
     Raises:
-        TypeError: ``cache`` is not an ``ARTCache``.
-        ValueError: ``max_length`` is below 1, the model is in training mode or on several devices,
-            or the cache is in use.
+        TypeError: ``model`` is no model of transformers, or ``cache`` is not an ``ARTCache``.
+        ValueError: ``max_length`` is below 1, the model is in training mode, on several devices or
+            has prompts of peft in front of its input, or the cache is in use.
     """
 
     def __init__(
         self, model: PreTrainedModel, max_length: int, cache: ARTCache | None = None
     ) -> None:
+        base_model(model)
         if cache is not None and not isinstance(cache, ARTCache):
             raise TypeError(f"cache must be an art_torch.ARTCache, got {type(cache).__name__}")
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         if model.training:
             raise ValueError("the model is in training mode, which is exact: call model.eval()")
+        adapters = getattr(model, "peft_config", None) or {}
+        if any(adapter.is_prompt_learning for adapter in adapters.values()):
+            raise ValueError(
+                "the model has virtual tokens of peft (prompt learning), which are not counted "
+                "here: use generate()"
+            )
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1:
             names = ", ".join(sorted(map(str, devices)))
@@ -71,11 +86,12 @@ class GraphedDecoder:
                 f"the cache must be empty, it has {self.cache.get_seq_length()} tokens: "
                 "call cache.reset()"
             )
-        self._device = devices.pop()
+        self._device: torch.device = devices.pop()
         self._token, self._position = torch.empty(0), torch.empty(0)  # int64 [batch, 1]
         self._logits = torch.empty(0)  # of the recorded step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = self._longest = 0  # since the prompt, and tokens of the longest row
+        self._prompts = 0
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -89,6 +105,10 @@ class GraphedDecoder:
             Logits ``[batch, vocab]`` of the token after the prompt.
 
         Raises:
+            RuntimeError: The model is not patched, or, on a GPU, with ``on_call`` or
+                ``measure_mass``.
+            NotImplementedError: A press of kvpress is active: a compressed cache cannot be
+                preallocated.
             ValueError: A shape is wrong, a pad is not on the left, or the longest row is longer
                 than ``max_length``.
             CacheMemoryError: ``max_length`` tokens do not fit.
@@ -106,16 +126,21 @@ class GraphedDecoder:
         if not bool((mask.diff(dim=1) >= 0).all() & (mask[:, -1] == 1).all()):
             raise ValueError("attention_mask must have its pads on the left")
         lengths = mask.sum(1, keepdim=True)
-        self._longest, self._steps, self._graph = int(lengths.max()), 0, None
-        if self._longest > self.max_length:
+        longest = int(lengths.max())
+        if longest > self.max_length:
             raise ValueError(
-                f"the prompt has {self._longest} tokens, more than max_length {self.max_length}"
+                f"the prompt has {longest} tokens, more than max_length {self.max_length}"
             )
+        if self._records:
+            self._check_recordable()
+        self._longest, self._steps, self._graph = longest, 0, None
+        self._prompts += 1
         self.cache.reset()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self._forward(input_ids, position_ids=positions, attention_mask=mask)
         self.cache.preallocate(self.max_length)
-        self._token, self._position = torch.empty_like(lengths), lengths
+        with torch.inference_mode(False):  # steps write to them, in any mode
+            self._token, self._position = torch.empty_like(lengths), lengths.clone()
         return logits
 
     @torch.no_grad()
@@ -166,12 +191,14 @@ class GraphedDecoder:
             int64 ``[batch]``. A row that has ended repeats the model's pad token, or else its last.
 
         Raises:
+            RuntimeError: As :meth:`prefill`, or another prompt has run since.
             ValueError: As :meth:`prefill`, or the new tokens do not fit into ``max_length``.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         choose = choose or (lambda logits: logits.argmax(-1))
         logits = self.prefill(input_ids, attention_mask)
+        prompt = self._prompts
         # The last token is not fed any more.
         if self._longest + max_new_tokens - 1 > self.max_length:
             raise ValueError(
@@ -188,6 +215,8 @@ class GraphedDecoder:
             ended |= torch.isin(tokens, ends)
             if i + 1 == max_new_tokens or (len(ends) > 0 and bool(ended.all())):
                 return
+            if self._prompts != prompt:
+                raise RuntimeError("another prompt has run since this stream began")
             logits = self.step(tokens)
 
     def generate(
@@ -201,13 +230,26 @@ class GraphedDecoder:
         new = [*self.stream(input_ids, max_new_tokens, attention_mask, choose)]
         return torch.cat([input_ids.to(self._device), torch.stack(new, 1)], 1)
 
+    @property
+    def _records(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _check_recordable(self) -> None:
+        """Refuses what Python would have to do at every step."""
+        for settings in filter(None, map(settings_of, self.model.modules())):
+            if settings.on_call is not None or settings.measure_mass:
+                raise RuntimeError(
+                    "on_call and measure_mass=True cannot be recorded in a CUDA graph: use "
+                    "generate() for analysis"
+                )
+
     def _end_tokens(self) -> Tensor:
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else ends
         return torch.tensor(ends, dtype=torch.int64, device=self._device).flatten()
 
     def _forward(self, ids: Tensor, **inputs: Any) -> Tensor:
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+        if "logits_to_keep" in _arguments_of(self.model):
             inputs["logits_to_keep"] = 1
         inputs[cache_argument(self.model)] = self.cache
         logits: Tensor = self.model(ids, **inputs).logits
@@ -217,7 +259,7 @@ class GraphedDecoder:
         return self._forward(self._token, position_ids=self._position)
 
     def _run(self) -> Tensor:
-        if self._device.type != "cuda":
+        if not self._records:
             return self._decode()
         with torch.cuda.device(self._device):
             return self._run_on_gpu()

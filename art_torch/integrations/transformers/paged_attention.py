@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from art_torch.integrations.transformers.attention import LayerSettings, _call, settings_of
-from art_torch.integrations.transformers.exact import _eager_of
+from art_torch.integrations.transformers.attention import LayerSettings, call_operator, settings_of
+from art_torch.integrations.transformers.exact import eager_of
 from art_torch.integrations.transformers.paged_step import LayerPool, PagedStep, layer_pool
+from art_torch.integrations.transformers.presses import has_presses
 from art_torch.ops import append_kv
 
 __all__ = ["STEP", "paged_attention"]
@@ -51,11 +52,20 @@ def paged_attention(
     Returns:
         ``[1, tokens, num_q_heads, value_dim]`` and, outside of continuous batching, the weights if
         asked for.
+
+    Raises:
+        NotImplementedError: A press of kvpress is active.
+        ValueError: The pages do not fit the units of the walk.
     """
     step: PagedStep | None = kwargs.pop(STEP, None)
     own = dict(kwargs, dropout=dropout)
     if step is None:
         return _own_attention(module, query, key, value, attention_mask, own)
+    if has_presses(module):
+        raise NotImplementedError(
+            "presses of kvpress cannot compress the cache of continuous batching: leave them, or "
+            "use generate() with an ARTCache"
+        )
     settings = settings_of(module)
     if settings is None or not step.decodes:
         return _exact(module, step, query, key, value, attention_mask, own)
@@ -106,7 +116,7 @@ def _decode(
         settings.note_once(_WINDOW_NOTE)
         plan |= {"criterion": None, "walk": "oldest_first"}
     rows = step.rows(pool)
-    result = _call(
+    result = call_operator(
         settings,
         {name: own.get(name) for name in ("scaling", "softcap", "s_aux")},
         plan,
@@ -167,7 +177,7 @@ def _own_attention(
 ) -> tuple[Tensor, Tensor | None]:
     config: PreTrainedConfig = module._art_own_config
     function = ALL_ATTENTION_FUNCTIONS.get_interface(
-        config._attn_implementation, _eager_of(type(module))
+        config._attn_implementation, eager_of(type(module))
     )
     attended: tuple[Tensor, Tensor | None] = function(
         _OwnModule(module, config), query, key, value, mask, **own

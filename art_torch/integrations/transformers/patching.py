@@ -33,7 +33,7 @@ from art_torch.stats import ReadStats
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["PatchHandle", "attention_modules", "patch_model"]
+__all__ = ["PatchHandle", "attention_modules", "base_model", "patch_model"]
 
 OnCall = Callable[[int, dict[str, Any], DecodeResult], None]
 
@@ -180,10 +180,7 @@ def patch_model(
     dense_every: int | None = None,
 ) -> PatchHandle:
     """Patches a model; :func:`art_torch.patch` documents the arguments."""
-    if hasattr(model, "get_base_model"):  # of peft: the model its adapters were put into
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    model = base_model(model)
     modules = attention_modules(model)
     _check_patchable(model, modules)
     devices = _devices_of(model)
@@ -224,6 +221,19 @@ def patch_model(
     AttentionInterface.register("art", art_attention)
     AttentionMaskInterface.register("art", art_mask)
     return PatchHandle(model, settings)
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The model itself; of a model of peft, the one that its adapters were put into.
+
+    Raises:
+        TypeError: It is no model of transformers.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    return model
 
 
 def _devices_of(model: PreTrainedModel) -> set[torch.device]:

@@ -24,7 +24,13 @@ from art_torch.integrations.transformers.layer import ARTLayer, Prompt
 if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
 
-__all__ = ["are_pressing", "forget_masked_keys", "serve_presses", "wait_for_presses"]
+__all__ = [
+    "are_pressing",
+    "forget_masked_keys",
+    "has_presses",
+    "serve_presses",
+    "wait_for_presses",
+]
 
 OLDEST_KVPRESS = "0.5.5"
 
@@ -35,13 +41,18 @@ _WINDOW_NOTE = (
 Hook = Callable[..., Any]
 
 
+def has_presses(module: nn.Module) -> bool:
+    """Whether presses are active on an attention module."""
+    return bool(module._forward_hooks) and bool(_hooks_of(module))
+
+
 def are_pressing(module: nn.Module, settings: LayerSettings) -> bool:
     """Whether presses are active on an attention module of a patched model; makes it serve them.
 
     Raises:
         RuntimeError: kvpress is too old.
     """
-    if torch.compiler.is_compiling() or not module._forward_hooks or not _hooks_of(module):
+    if torch.compiler.is_compiling() or not has_presses(module):
         return False
     if settings.press_hook is None:
         require_kvpress()
