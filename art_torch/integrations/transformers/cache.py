@@ -17,7 +17,8 @@ from transformers.cache_utils import (
 )
 
 from art_torch.cache import PageTable
-from art_torch.integrations.transformers.layer import NOT_PATCHED, ARTLayer
+from art_torch.integrations.transformers.layer import ARTLayer
+from art_torch.integrations.transformers.new_keys import NOT_PATCHED
 from art_torch.page_storage import MemoryBudget
 
 __all__ = ["ARTCache", "layer_windows"]
