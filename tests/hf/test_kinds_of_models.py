@@ -115,6 +115,29 @@ def test_rows_of_linear_attention(hybrid, rows):
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_layers_with_attention_are_named(hybrid):
+    with pytest.raises(ValueError, match=r"must name layers 1, 3 of the model, got \[2\]"):
+        art_torch.patch(hybrid, RULE, per_layer={1: None, 2: None})
+
+
+def test_a_refused_crop_changes_nothing():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HYBRIDS["lfm2"]()).eval()
+    ids, cache = prompt(1, 40), art_torch.ARTCache(model.config)
+    with art_torch.patch(model, None):
+        model(ids[:, :20], past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"call activate_past_recording\(\) before"):
+            cache.crop(-1)
+        cache.activate_past_recording()
+        model(ids[:, 20:30], past_key_values=cache)
+        with pytest.raises(ValueError, match="can crop 0 to 30 tokens, got 31"):
+            cache.crop(-31)
+        cache.crop(-5)
+        got = model(ids[:, 25:], past_key_values=cache).logits
+        expected = model(ids, use_cache=False).logits[:, 25:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_linear_attention_cannot_undo(hybrid):
     ids = torch.cat([prompt(1, 30)] * 3, dim=1)
     cache = art_torch.ARTCache(hybrid.config)

@@ -202,15 +202,22 @@ class ARTCache(Cache):
                     f"layer {index} has seen {layer.padded_len} tokens, too few to crop to {end}: "
                     "a forward pass was interrupted; crop more tokens or reset() the cache"
                 )
-        for layer in self._linear() if tokens_to_remove else ():
+        linear = self._linear() if tokens_to_remove else []
+        for layer in linear:
             if not layer.is_croppable:
                 raise RuntimeError(
                     "cannot crop: the model has layers of linear attention, whose states do not "
                     "go back; reset() the cache"
                 )
-            layer.crop(tokens_to_remove)
+            if not layer.record_past:
+                raise RuntimeError(
+                    "cannot crop: layers of linear attention have kept no earlier states; call "
+                    "activate_past_recording() before the tokens that are to be removed"
+                )
         for table in tables:
             table.crop(table.padded_len - end)
+        for layer in linear:  # nothing is left that could fail
+            layer.crop(tokens_to_remove)
         for layer in self._paged():
             layer.padded_len = min(layer.padded_len, end)
 
