@@ -102,6 +102,15 @@ def test_linear_attention_in_beams_and_copies(hybrid):
     assert torch.equal(again.sequences, generate(hybrid, ids).sequences)
 
 
+def test_another_batch_after_a_reset(hybrid):
+    cache = art_torch.ARTCache(hybrid.config)
+    with art_torch.patch(hybrid, None):
+        for batch in (2, 1, 3):
+            ids = prompt(batch, 40)
+            assert_same(generate(hybrid, ids, cache), generate(hybrid, ids))
+            cache.reset()
+
+
 @pytest.mark.parametrize("rows", [torch.tensor([2, 0]), torch.tensor([True, False, True])])
 def test_rows_of_linear_attention(hybrid, rows):
     ids, more = prompt(3, 40), prompt(2, 6, seed=1)
@@ -167,6 +176,9 @@ def test_graphed_decoder_with_linear_attention(hybrid, walk):
             handle.stats.reset()
             assert torch.equal(decoder.generate(ids, **options), expected)
             assert torch.equal(handle.stats.tokens_read(), read)
+        single = prompt(1, 330)  # another batch
+        alone = generate(hybrid, single, art_torch.ARTCache(hybrid.config), max_new_tokens=8)
+        assert torch.equal(decoder.generate(single, 8), alone.sequences)
 
 
 # ---------------------------------------------------------------- adapters, quantised weights

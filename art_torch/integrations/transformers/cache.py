@@ -263,6 +263,9 @@ class ARTCache(Cache):
             table.reset()
         for linear in self._linear():
             linear.reset()
+            # Its states have the old batch: the next prompt makes them anew.
+            for made in (linear.is_conv_states_initialized, linear.is_recurrent_states_initialized):
+                made.update(dict.fromkeys(made, False))
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[Any, ...]:
