@@ -11,7 +11,7 @@ from batched import NEW_TOKENS, answers, batching, enabled, generated, prompts_o
 from test_art_on import CRITERION, SIZES
 from test_patch import traces_of_patching
 from tiny_models import PAD, build
-from transformers import GenerationConfig, LlamaModel
+from transformers import DynamicCache, GenerationConfig, LlamaModel
 from transformers.models.llama import LlamaForCausalLM
 
 import art_torch
@@ -46,6 +46,16 @@ def test_leaving_restores(tiny):
     handle.unpatch()
     assert state_of(model) == before
     assert answers(model, prompts) == generated(model, prompts)
+
+
+def test_plain_calls_take_other_caches(tiny):
+    model = tiny("llama")
+    with enabled(model, CRITERION):
+        with pytest.raises(
+            RuntimeError, match=r"continuous batching is enabled \(disable\(\) it\)"
+        ):
+            model(torch.tensor(prompts_of(30)), past_key_values=art_torch.ARTCache(model.config))
+        model(torch.tensor(prompts_of(30)), past_key_values=DynamicCache(config=model.config))
 
 
 def test_leaving_by_an_exception(tiny):

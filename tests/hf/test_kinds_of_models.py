@@ -102,6 +102,15 @@ def test_linear_attention_in_beams_and_copies(hybrid):
     assert torch.equal(again.sequences, generate(hybrid, ids).sequences)
 
 
+def test_another_batch_after_a_reset(hybrid):
+    cache = art_torch.ARTCache(hybrid.config)
+    with art_torch.patch(hybrid, None):
+        for batch in (2, 1, 3):
+            ids = prompt(batch, 40)
+            assert_same(generate(hybrid, ids, cache), generate(hybrid, ids))
+            cache.reset()
+
+
 @pytest.mark.parametrize("rows", [torch.tensor([2, 0]), torch.tensor([True, False, True])])
 def test_rows_of_linear_attention(hybrid, rows):
     ids, more = prompt(3, 40), prompt(2, 6, seed=1)
@@ -113,6 +122,29 @@ def test_rows_of_linear_attention(hybrid, rows):
         cache.batch_select_indices(rows)
         got = [hybrid(more[:, i : i + 1], past_key_values=cache).logits for i in range(6)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_layers_with_attention_are_named(hybrid):
+    with pytest.raises(ValueError, match=r"must name layers 1, 3 of the model, got \[2\]"):
+        art_torch.patch(hybrid, RULE, per_layer={1: None, 2: None})
+
+
+def test_a_refused_crop_changes_nothing():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HYBRIDS["lfm2"]()).eval()
+    ids, cache = prompt(1, 40), art_torch.ARTCache(model.config)
+    with art_torch.patch(model, None):
+        model(ids[:, :20], past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"call activate_past_recording\(\) before"):
+            cache.crop(-1)
+        cache.activate_past_recording()
+        model(ids[:, 20:30], past_key_values=cache)
+        with pytest.raises(ValueError, match="can crop 0 to 30 tokens, got 31"):
+            cache.crop(-31)
+        cache.crop(-5)
+        got = model(ids[:, 25:], past_key_values=cache).logits
+        expected = model(ids, use_cache=False).logits[:, 25:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_linear_attention_cannot_undo(hybrid):
@@ -144,6 +176,9 @@ def test_graphed_decoder_with_linear_attention(hybrid, walk):
             handle.stats.reset()
             assert torch.equal(decoder.generate(ids, **options), expected)
             assert torch.equal(handle.stats.tokens_read(), read)
+        single = prompt(1, 330)  # another batch
+        alone = generate(hybrid, single, art_torch.ARTCache(hybrid.config), max_new_tokens=8)
+        assert torch.equal(decoder.generate(single, 8), alone.sequences)
 
 
 # ---------------------------------------------------------------- adapters, quantised weights

@@ -18,8 +18,9 @@ from art_torch import ops
 from art_torch.evicted import EvictedTable
 from art_torch.integrations.transformers.exact import causal_mask, exact_attention
 from art_torch.integrations.transformers.exact_evicted import attend_to_prompt, exact_evicted
-from art_torch.integrations.transformers.layer import ARTLayer, layer_of
+from art_torch.integrations.transformers.layer import ARTLayer
 from art_torch.integrations.transformers.masks import MaskInfo, info_of
+from art_torch.integrations.transformers.new_keys import layer_of
 from art_torch.integrations.transformers.plan import pin_all_where, plan_dense, plan_paged
 from art_torch.integrations.transformers.presses import (
     are_pressing,

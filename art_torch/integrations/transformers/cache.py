@@ -17,7 +17,8 @@ from transformers.cache_utils import (
 )
 
 from art_torch.cache import PageTable
-from art_torch.integrations.transformers.layer import NOT_PATCHED, ARTLayer
+from art_torch.integrations.transformers.layer import ARTLayer
+from art_torch.integrations.transformers.new_keys import NOT_PATCHED
 from art_torch.page_storage import MemoryBudget
 
 __all__ = ["ARTCache", "layer_windows"]
@@ -201,15 +202,22 @@ class ARTCache(Cache):
                     f"layer {index} has seen {layer.padded_len} tokens, too few to crop to {end}: "
                     "a forward pass was interrupted; crop more tokens or reset() the cache"
                 )
-        for layer in self._linear() if tokens_to_remove else ():
+        linear = self._linear() if tokens_to_remove else []
+        for layer in linear:
             if not layer.is_croppable:
                 raise RuntimeError(
                     "cannot crop: the model has layers of linear attention, whose states do not "
                     "go back; reset() the cache"
                 )
-            layer.crop(tokens_to_remove)
+            if not layer.record_past:
+                raise RuntimeError(
+                    "cannot crop: layers of linear attention have kept no earlier states; call "
+                    "activate_past_recording() before the tokens that are to be removed"
+                )
         for table in tables:
             table.crop(table.padded_len - end)
+        for layer in linear:  # nothing is left that could fail
+            layer.crop(tokens_to_remove)
         for layer in self._paged():
             layer.padded_len = min(layer.padded_len, end)
 
@@ -255,6 +263,9 @@ class ARTCache(Cache):
             table.reset()
         for linear in self._linear():
             linear.reset()
+            # Its states have the old batch: the next prompt makes them anew.
+            for made in (linear.is_conv_states_initialized, linear.is_recurrent_states_initialized):
+                made.update(dict.fromkeys(made, False))
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[Any, ...]:

@@ -17,18 +17,11 @@ from art_torch.cache import BoolArray, CacheMemoryError, PageTable, Step
 from art_torch.code_table import CodeStorage
 from art_torch.evicted import EvictedTable
 from art_torch.guided import encode_keys, key_code_bytes
+from art_torch.integrations.transformers.new_keys import NewKeys
 from art_torch.ops import append_kv
 from art_torch.page_storage import PageStorage
 
-__all__ = ["NOT_PATCHED", "ARTLayer", "Prompt", "layer_of"]
-
-NOT_PATCHED = (
-    "ARTCache works with a patched model only, for its attention must read the pages: "
-    "use `with art_torch.patch(model, criterion):` (criterion=None is exact). If the model is "
-    "patched, either a forward pass was interrupted (crop() its tokens or reset() the cache) or "
-    "the model computes with cached keys before its attention (use a DynamicCache)."
-)
-
+__all__ = ["ARTLayer", "Prompt"]
 
 _INTERRUPTED_PRESS = (
     "a press did not finish with the prompt of this ARTCache: reset() the cache and run the prompt "
@@ -57,39 +50,6 @@ class _Place(NamedTuple):
     storage: PageStorage | None
     codes: CodeStorage | None
     coded_generation: int | None
-
-
-class _NewKeys(Tensor):
-    """New keys on their way from ``update`` to the attention function of a patched model.
-
-    They are not all keys, so any other attention that computes with them would be wrong.
-    """
-
-    _art_layer: ARTLayer
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _HARMLESS:
-                return func(*args, **(kwargs or {}))
-            # Models that share keys between layers make sure that they are on the right device.
-            if func is Tensor.to and (same := func(*args, **(kwargs or {}))) is args[0]:
-                return same
-        raise RuntimeError(NOT_PATCHED)
-
-
-# What tells of a tensor without reading it.
-_HARMLESS = frozenset(
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "requires_grad", "grad_fn", "ndim", "is_cuda")
-) | {Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.__repr__}
-
-
-def layer_of(key: Tensor) -> ARTLayer | None:
-    """The layer whose ``update`` returned ``key``; None for keys of any other cache."""
-    return key._art_layer if isinstance(key, _NewKeys) else None
 
 
 class ARTLayer(CacheLayerMixin):
@@ -183,7 +143,7 @@ class ARTLayer(CacheLayerMixin):
         if self.prompt is not None:
             raise RuntimeError(_INTERRUPTED_PRESS)
         self.pending, self.lent = (key_states, value_states), None
-        marked = key_states.as_subclass(_NewKeys)
+        marked = key_states.as_subclass(NewKeys)
         marked._art_layer = self
         return marked, value_states
 

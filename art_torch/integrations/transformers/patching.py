@@ -193,7 +193,7 @@ def patch_model(
         unknown = sorted(given - set(layers))
         if unknown:
             raise ValueError(
-                f"{name} must name layers {layers[0]} to {layers[-1]} of the model, got {unknown}"
+                f"{name} must name layers {_ranges(layers)} of the model, got {unknown}"
             )
     if both := sorted(skipped & set(overrides)):
         raise ValueError(f"layers {both} are in skip_layers and in per_layer")
@@ -251,6 +251,14 @@ def _windows_of(model: PreTrainedModel) -> tuple[Any, ...] | None:
         return layer_windows(model.config)
     except ValueError:  # the cache says why when somebody makes one
         return None
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words, such as "0 to 3" or "1, 5 to 7"."""
+    begins = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(begins, ends, strict=True)
+    return ", ".join(f"{begin} to {end}" if end > begin else str(begin) for begin, end in pairs)
 
 
 def _layer_index(module: nn.Module) -> int:
