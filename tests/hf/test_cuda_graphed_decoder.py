@@ -76,6 +76,23 @@ def test_logits_are_those_of_the_model(model_on):
             decoder.step(token)
 
 
+def test_another_patch_needs_another_prompt(model_on):
+    model = model_on("llama")
+    ids = prompt(2, 40).to(model.device)
+    with art_torch.patch(model, None):
+        decoder = art_torch.GraphedDecoder(model, max_length=60)
+        decoder.prefill(ids)
+        for _ in range(6):  # on a GPU the last ones are recorded
+            decoder.step(ids[:, 0])
+    with pytest.raises(RuntimeError, match="unpatched, or patched anew, since the prompt"):
+        decoder.step(ids[:, 0])
+    with art_torch.patch(model, RULE, block_size=16):
+        with pytest.raises(RuntimeError, match="call prefill again"):
+            decoder.step(ids[:, 0])
+        decoder.prefill(ids)
+        decoder.step(ids[:, 0])
+
+
 def test_rows_end_at_the_end_token(model_on):
     model = model_on("llama")
     ids = prompt(2, 40).to(model.device)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from art_torch.integrations.transformers.attention import settings_of
+from art_torch.integrations.transformers.attention import LayerSettings, settings_of
 from art_torch.integrations.transformers.cache import ARTCache
-from art_torch.integrations.transformers.patching import base_model
+from art_torch.integrations.transformers.patching import attention_modules, base_model
 
 __all__ = ["GraphedDecoder", "cache_argument"]
 
@@ -92,6 +92,8 @@ class GraphedDecoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = self._longest = 0  # since the prompt, and tokens of the longest row
         self._prompts = 0
+        self._attention = next(iter(attention_modules(base_model(model))), None)
+        self._patch: LayerSettings | None = None  # of it, that the prompt ran with
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -135,6 +137,7 @@ class GraphedDecoder:
             self._check_recordable()
         self._longest, self._steps, self._graph = longest, 0, None
         self._prompts += 1
+        self._patch = self._patch_now()
         self.cache.reset()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self._forward(input_ids, position_ids=positions, attention_mask=mask)
@@ -154,11 +157,16 @@ class GraphedDecoder:
             Logits ``[batch, vocab]`` of the token that follows. The next step overwrites them.
 
         Raises:
-            RuntimeError: No prompt has run, or the cache was used otherwise since.
+            RuntimeError: No prompt has run, or the cache was used otherwise since, or the model's
+                patch is another one.
             ValueError: The shape is wrong, or a row has reached ``max_length``.
         """
         if self._longest == 0:
             raise RuntimeError("call prefill(input_ids) first")
+        if self._patch_now() is not self._patch:
+            raise RuntimeError(
+                "the model was unpatched, or patched anew, since the prompt: call prefill again"
+            )
         if not all(table.static_len for table in self.cache.tables.values()):
             raise RuntimeError("the cache was used otherwise since the prompt: call prefill again")
         if tokens.shape != self._token.shape[:1]:
@@ -247,6 +255,10 @@ class GraphedDecoder:
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else ends
         return torch.tensor(ends, dtype=torch.int64, device=self._device).flatten()
+
+    def _patch_now(self) -> LayerSettings | None:
+        """Settings of one layer, which every patch makes anew."""
+        return None if self._attention is None else settings_of(self._attention)
 
     def _forward(self, ids: Tensor, **inputs: Any) -> Tensor:
         if "logits_to_keep" in _arguments_of(self.model):
