@@ -331,7 +331,7 @@ def test_bench_gpu_goes_on_where_it_stopped(tmp_path):
     assert results["commit"] == "abc"
     assert all(row in results["rows"] for row in first)
     rows = {(row["case"], row["impl"]): row for row in results["rows"]}
-    assert len(rows) == len(results["rows"]) == 22
+    assert len(rows) == len(results["rows"]) == 23
     dense, half = (rows["B1_S1024_H8/2_D64_bf16_p16", f"art_{name}"] for name in ("dense", "half"))
     assert 2 * half["bytes"] == dense["bytes"]
     for (_, impl), row in rows.items():
