@@ -86,6 +86,9 @@ class GraphedDecoder:
                 f"the cache must be empty, it has {self.cache.get_seq_length()} tokens: "
                 "call cache.reset()"
             )
+        self._inputs: dict[str, Any] = {cache_argument(model): self.cache}  # of every pass
+        if "logits_to_keep" in _arguments_of(model):
+            self._inputs["logits_to_keep"] = 1
         self._device: torch.device = devices.pop()
         self._token, self._position = torch.empty(0), torch.empty(0)  # int64 [batch, 1]
         self._logits = torch.empty(0)  # of the recorded step
@@ -261,10 +264,7 @@ class GraphedDecoder:
         return None if self._attention is None else settings_of(self._attention)
 
     def _forward(self, ids: Tensor, **inputs: Any) -> Tensor:
-        if "logits_to_keep" in _arguments_of(self.model):
-            inputs["logits_to_keep"] = 1
-        inputs[cache_argument(self.model)] = self.cache
-        logits: Tensor = self.model(ids, **inputs).logits
+        logits: Tensor = self.model(ids, **self._inputs, **inputs).logits
         return logits[:, -1]
 
     def _decode(self) -> Tensor:
