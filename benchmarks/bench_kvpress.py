@@ -16,15 +16,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_memory import MIB, kv_bytes_of, reset_peak, resident
-from common import describe_machine, load_smollm2, progress_bar, write_results
+from common import describe_machine, load_smollm2, progress_bar, run_child, write_results
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -92,11 +90,8 @@ def settled() -> int:
 
 
 def in_child(press: str, cache_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", press, cache_name]
-    command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    sizes = ("--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens))
+    return run_child(__file__, "--child", press, cache_name, *sizes)
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import describe_machine, load_smollm2, progress_bar, write_results
+from common import describe_machine, load_smollm2, progress_bar, run_child, write_results
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -94,11 +92,8 @@ def kv_bytes_of(cache: Any) -> int:
 
 
 def in_child(cache_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", cache_name]
-    command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    sizes = ("--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens))
+    return run_child(__file__, "--child", cache_name, *sizes)
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:

@@ -91,6 +91,14 @@ def _commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
+def run_child(script: str, *arguments: str) -> dict[str, Any]:
+    """Runs a benchmark as a process of its own; returns the JSON of its last line."""
+    command = [sys.executable, str(Path(script).resolve()), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def write_results(name: str, results: dict[str, Any], output: Path | None) -> Path:
     """Writes ``<name>-<device>.json`` into the results folder, or to ``output``."""
     path = output or RESULTS / f"{name}-{slug(results['device'])}.json"
