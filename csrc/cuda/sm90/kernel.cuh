@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/item.h"
+#include "cuda/early_start.h"
 #include "cuda/sm90/launch.h"
 
 namespace art::cuda::sm90 {
