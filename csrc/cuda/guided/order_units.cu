@@ -6,6 +6,7 @@
 #include "core/schedule.h"
 #include "cuda/decode_attention.h"
 #include "cuda/device.h"
+#include "cuda/early_start.h"
 #include "cuda/guided/order_crew.cuh"
 #include "cuda/guided/order_rest.cuh"
 #include "cuda/guided/order_totals.cuh"
@@ -99,6 +100,8 @@ __global__ void __launch_bounds__(32 * kMaxOrderWarps, 2)
   const GuidedUnits& units = shared.units;
   const BlockUnits& mine = shared.mine;
   crew.wait_for_all();
+  wait_for_kernel_before();
+  let_next_kernel_start();
 
   int32_t* scores = reinterpret_cast<int32_t*>(memory + layout.units_at());
   int32_t* order = scores + layout.shared_units;
@@ -127,8 +130,8 @@ __global__ void __launch_bounds__(32 * kMaxOrderWarps, 2)
   if (guided.log_rest != nullptr) write_rests(guided, index, units, mine, space, crew);
 }
 
-cudaLaunchConfig_t configure(const OrderLayout& layout, int64_t items, cudaLaunchAttribute& cluster,
-                             cudaStream_t stream) {
+cudaLaunchConfig_t configure(const OrderLayout& layout, int64_t items, cudaStream_t stream,
+                             cudaLaunchAttribute& cluster) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = 1u << layout.blocks_log2;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -138,7 +141,7 @@ cudaLaunchConfig_t configure(const OrderLayout& layout, int64_t items, cudaLaunc
   config.dynamicSmemBytes = layout.bytes();
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = layout.blocks_log2 > 0 ? 1 : 0;
+  config.numAttrs = 1;
   return config;
 }
 
@@ -162,7 +165,7 @@ cudaError_t prepare(int32_t blocks_log2, int* clusters) {
   // Compiled for an older architecture, the kernel knows no clusters.
   if (error != cudaSuccess || blocks_log2 == 0 || attributes.ptxVersion < 90) return error;
   cudaLaunchAttribute cluster = {};
-  const cudaLaunchConfig_t config = configure(largest, 1, cluster, nullptr);
+  const cudaLaunchConfig_t config = configure(largest, 1, nullptr, cluster);
   return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
 }
 
@@ -210,9 +213,10 @@ OrderLayout plan(const GuidedParams& params, int64_t num_splits, const Device& d
 
 template <bool kInSharedMemory>
 cudaError_t launch(const GuidedParams& params, const Workspace& space, const OrderLayout& layout,
-                   cudaStream_t stream) {
-  cudaLaunchAttribute cluster = {};
-  const cudaLaunchConfig_t config = configure(layout, num_items(params.attention), cluster, stream);
+                   bool has_clusters, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2] = {{}, early_start()};
+  cudaLaunchConfig_t config = configure(layout, num_items(params.attention), stream, attributes[0]);
+  config.numAttrs = has_clusters ? 2 : 0;  // older GPUs know neither
   return cudaLaunchKernelEx(&config, order_kernel<kInSharedMemory>, params, space, layout);
 }
 
@@ -228,8 +232,9 @@ cudaError_t order_units(const GuidedParams& params, const Workspace& space, int6
   const cudaError_t error = look_at(&device);
   if (error != cudaSuccess) return error;
   const OrderLayout layout = plan(params, num_splits, device);
-  return layout.shared_units > 0 ? launch<true>(params, space, layout, stream)
-                                 : launch<false>(params, space, layout, stream);
+  const bool has_clusters = device.max_clusters[0] > 0;
+  return layout.shared_units > 0 ? launch<true>(params, space, layout, has_clusters, stream)
+                                 : launch<false>(params, space, layout, has_clusters, stream);
 }
 
 }  // namespace art::cuda::guided
