@@ -18,7 +18,8 @@ void score_tail(const DecodeParams& params, const Item& item, int32_t origin, Sc
   }
   if (params.key.dim_stride != 1) copy_keys(params, tile, static_cast<T*>(scratch.keys));
   tile.pad();
-  score_tile(params, tile, scratch);
+  Fetcher nothing(nullptr, 0, 0, 0);
+  score_tile(params, tile, scratch, nothing);
   for (int32_t g = 0; g < params.group_size; ++g) {
     float* scores = scratch.scores + g * kScoreStride;
     __builtin_memmove(scores + (begin - origin), scores, sizeof(float) * tile.num_tokens);

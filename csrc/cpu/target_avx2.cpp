@@ -15,6 +15,8 @@ constexpr int kLanes = 8;
 // clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
 #include "cpu/f16c-inl.h"
+#include "cpu/tiles-inl.h"
+#include "cpu/tile_products-inl.h"
 #include "cpu/decode_attention-inl.h"
 #include "cpu/code_query-inl.h"
 #include "cpu/score_codes-inl.h"
