@@ -125,15 +125,21 @@ ART_INLINE void exponentiate(float* scores, int32_t num_tokens, SoftmaxState* st
   for (int h = 0; h < kHeads; ++h) states[h].sum = reduce_add(sum[h]);
 }
 
+// Chunks of a row that are weighed together: as many sums as fit into the registers, together with
+// what is added to them.
+template <class T>
+constexpr int chunks_at_once(int32_t heads) {
+  constexpr int kSums = (kLanes == 16 ? 16 : 8) / Weighing<T>::kVectors;
+  return heads >= 3 ? kSums / 4 : kSums / 2;
+}
+
 template <class T>
 void weigh_tile(const DecodeParams& params, const Tile<T>& tile, const float* scores, Fetcher& next,
                 float* values) {
-  // Sums that fit into the registers, together with what is added to them.
-  constexpr int kSums = (kLanes == 16 ? 16 : 8) / Weighing<T>::kVectors;
   const int32_t rows = round_up(tile.num_tokens, Weighing<T>::kRows);
   for_each_pass(params.group_size, [&](int32_t g, auto heads) ART_ALWAYS_INLINE {
     constexpr int kHeads = decltype(heads)::kCount;
-    constexpr int kChunks = kHeads >= 3 ? kSums / 4 : kSums / 2;
+    constexpr int kChunks = chunks_at_once<T>(kHeads);
     const auto* weights =
         reinterpret_cast<const typename Weighing<T>::Weight*>(scores + g * kScoreStride);
     float* sums = values + g * padded(params.value_dim);
@@ -147,8 +153,18 @@ void weigh_tile(const DecodeParams& params, const Tile<T>& tile, const float* sc
   });
 }
 
-// Lines of keys that are fetched before their tile is reached: 8 KiB.
-ART_INLINE int32_t lead_of(int32_t lines) { return lines < 128 ? lines : 128; }
+// Lines of a tile's keys that are fetched before it is reached: 8 KiB (measured), but more where
+// values are weighed in several passes, of which the first meets the last rows early.
+template <class T>
+int32_t lead_of(const DecodeParams& params, const Tile<T>& tile) {
+  constexpr int32_t kLead = 8192 / kLineBytes;
+  const int32_t chunk = kLanes * Weighing<T>::kVectors;
+  const int32_t passes =
+      (params.value_dim - 1) / (chunk * chunks_at_once<T>(params.group_size)) + 1;
+  const int32_t values = tile.value_runs.lines - tile.value_runs.lines / passes;
+  const int32_t lead = values > kLead ? values : kLead;
+  return tile.key_runs.lines < lead ? tile.key_runs.lines : lead;
+}
 
 template <class T>
 void compute_tile(const DecodeParams& params, const Item& item, Tile<T>& tile, Tile<T>& next,
@@ -158,7 +174,7 @@ void compute_tile(const DecodeParams& params, const Item& item, Tile<T>& tile, T
   Runs<3 * kTileTokens> runs;
   runs.add(tile.key_runs);
   runs.add(tile.value_runs);
-  const int32_t lead = lead_of(tile.key_runs.lines), next_lead = lead_of(next.key_runs.lines);
+  const int32_t lead = lead_of(params, tile), next_lead = lead_of(params, next);
   const int32_t budget = runs.lines - lead + next_lead;
   runs.add(next.key_runs);
   Fetcher fetcher(runs.runs, runs.num_runs, lead, budget);
