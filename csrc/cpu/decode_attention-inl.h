@@ -171,13 +171,8 @@ void compute_tile(const DecodeParams& params, const Item& item, Tile<T>& tile, T
                   Scratch& scratch, Accumulator result) {
   if (params.key.dim_stride != 1) copy_keys(params, tile, static_cast<T*>(scratch.keys));
   tile.pad();
-  Runs<3 * kTileTokens> runs;
-  runs.add(tile.key_runs);
-  runs.add(tile.value_runs);
-  const int32_t lead = lead_of(params, tile), next_lead = lead_of(params, next);
-  const int32_t budget = runs.lines - lead + next_lead;
-  runs.add(next.key_runs);
-  Fetcher fetcher(runs.runs, runs.num_runs, lead, budget);
+  const Runs* const parts[] = {&tile.key_runs, &tile.value_runs, &next.key_runs};
+  Fetcher fetcher(parts, lead_of(params, tile), lead_of(params, next));
   score_tile(params, tile, scratch, fetcher);
   if (params.softcap > 0.0f || params.alibi_slopes != nullptr) {
     for (int32_t g = 0; g < params.group_size; ++g) {

@@ -18,7 +18,9 @@ void score_tail(const DecodeParams& params, const Item& item, int32_t origin, Sc
   }
   if (params.key.dim_stride != 1) copy_keys(params, tile, static_cast<T*>(scratch.keys));
   tile.pad();
-  Fetcher nothing(nullptr, 0, 0, 0);
+  Runs none;
+  const Runs* const parts[] = {&none, &none, &none};
+  Fetcher nothing(parts, 0, 0);
   score_tile(params, tile, scratch, nothing);
   for (int32_t g = 0; g < params.group_size; ++g) {
     float* scores = scratch.scores + g * kScoreStride;

@@ -5,16 +5,17 @@ namespace {
 
 constexpr int kLineBytes = 64;
 
-// Cache lines side by side.
+// Rows of cache lines.
 struct Run {
   const char* begin;
-  int32_t lines;
+  int64_t stride;  // bytes between rows
+  int32_t lines;   // of a row
+  int32_t rows;
 };
 
-// The lines of some rows, in their order: one run where they touch.
-template <int kMaxRuns>
+// The lines of a tile's keys or values, in their order: rows that touch are one.
 struct Runs {
-  Run runs[kMaxRuns];
+  Run runs[kTileTokens];
   int32_t num_runs = 0;
   int32_t lines = 0;
 
@@ -22,17 +23,11 @@ struct Runs {
   ART_INLINE void add_rows(const T* rows, int64_t stride, int32_t dim, int32_t count) {
     const bool touch = stride == dim;
     const int64_t bytes = int64_t{sizeof(T)} * dim * (touch ? count : 1);
-    const Run run = {reinterpret_cast<const char*>(rows),
-                     static_cast<int32_t>((bytes + kLineBytes - 1) / kLineBytes)};
-    for (int32_t i = 0; i < (touch ? 1 : count); ++i) {
-      runs[num_runs++] = {run.begin + i * stride * int64_t{sizeof(T)}, run.lines};
-      lines += run.lines;
-    }
-  }
-  template <int kOthers>
-  ART_INLINE void add(const Runs<kOthers>& others) {
-    for (int32_t i = 0; i < others.num_runs; ++i) runs[num_runs++] = others.runs[i];
-    lines += others.lines;
+    const auto row_lines = static_cast<int32_t>((bytes + kLineBytes - 1) / kLineBytes);
+    if (touch) count = 1;
+    runs[num_runs++] = {reinterpret_cast<const char*>(rows), stride * int64_t{sizeof(T)}, row_lines,
+                        count};
+    lines += row_lines * count;
   }
 };
 
@@ -41,16 +36,11 @@ struct Runs {
 // On Zen 5, fetching into the second level is 5-20 % slower.
 class Fetcher {
  public:
-  // Fetches `budget` lines of the runs, after the first `skipped`.
-  Fetcher(const Run* runs, int32_t num_runs, int32_t skipped, int32_t budget)
-      : next_(runs), end_(runs + num_runs), budget_(budget) {
-    while (skipped > 0 && next_ != end_) {
-      const Run run = *next_++;
-      const int32_t lines = skipped < run.lines ? skipped : run.lines;
-      at_ = run.begin + lines * kLineBytes;
-      left_ = run.lines - lines;
-      skipped -= lines;
-    }
+  // Fetches all of `parts`, but not the first `lead` lines, and of the last part no more than its
+  // first `next_lead`.
+  Fetcher(const Runs* const (&parts)[3], int32_t lead, int32_t next_lead)
+      : parts_(parts), budget_(parts[0]->lines + parts[1]->lines + next_lead) {
+    skip(lead);
   }
 
   // To be called with every kBytes that are read; `index` counts the calls.
@@ -59,6 +49,7 @@ class Fetcher {
     constexpr int kLines = kBytes > kLineBytes ? kBytes / kLineBytes : 1;
     constexpr int kEvery = kBytes < kLineBytes ? kLineBytes / kBytes : 1;
     if (kEvery > 1 && index % kEvery != 0) return;
+    if (left_ == 0) next_row();
     if (__builtin_expect(left_ < kLines || budget_ < kLines, 0)) return fetch_lines(kLines);
 #pragma GCC unroll 32
     for (int i = 0; i < kLines; ++i) __builtin_prefetch(at_ + i * kLineBytes, 0, 3);
@@ -70,15 +61,43 @@ class Fetcher {
   void finish() { fetch_lines(budget_); }
 
  private:
+  // Goes to where lines are left, if there are any.
+  ART_INLINE void next_row() {
+    if (rows_ == 0) return next_run();
+    --rows_;
+    row_ += run_.stride;
+    at_ = row_;
+    left_ = run_.lines;
+  }
+
+  __attribute__((noinline)) void next_run() {
+    while (part_ < 3 && index_ == parts_[part_]->num_runs) {
+      ++part_;
+      index_ = 0;
+    }
+    if (part_ == 3) return;
+    run_ = parts_[part_]->runs[index_++];
+    rows_ = run_.rows - 1;
+    at_ = row_ = run_.begin;
+    left_ = run_.lines;
+  }
+
+  void skip(int32_t lines) {
+    budget_ -= lines;
+    while (lines > 0) {
+      if (left_ == 0) next_row();
+      const int32_t skipped = lines < left_ ? lines : left_;
+      at_ += skipped * kLineBytes;
+      left_ -= skipped;
+      lines -= skipped;
+    }
+  }
+
   __attribute__((noinline)) void fetch_lines(int32_t count) {
     if (count > budget_) count = budget_;
     budget_ -= count;
     for (; count > 0; --count) {
-      while (left_ == 0) {
-        if (next_ == end_) return;
-        at_ = next_->begin;
-        left_ = next_++->lines;
-      }
+      if (left_ == 0) next_row();
       __builtin_prefetch(at_, 0, 3);
       at_ += kLineBytes;
       --left_;
@@ -86,9 +105,13 @@ class Fetcher {
   }
 
   const char* at_ = nullptr;
-  int32_t left_ = 0;  // lines of the run that it is in
-  const Run* next_;
-  const Run* end_;
+  int32_t left_ = 0;  // lines of the row that it is in
+  const char* row_ = nullptr;
+  int32_t rows_ = 0;  // of the run, after this one
+  Run run_ = {};
+  const Runs* const* parts_;
+  int32_t part_ = 0;
+  int32_t index_ = 0;
   int32_t budget_;
 };
 
@@ -99,7 +122,7 @@ struct Tile {
   const T* values[kScoreStride];
   int32_t positions[kTileTokens];
   int32_t num_tokens = 0;
-  Runs<kTileTokens> key_runs, value_runs;
+  Runs key_runs, value_runs;
 
   // Whole vectors of rows are computed; the repeated rows get no weight.
   void pad() {
