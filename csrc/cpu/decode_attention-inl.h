@@ -24,16 +24,6 @@ void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) 
   }
 }
 
-// Keys whose token dimension is contiguous become rows: correct, not fast.
-template <class T>
-void copy_keys(const DecodeParams& params, Tile<T>& tile, T* rows) {
-  for (int32_t i = 0; i < tile.num_tokens; ++i) {
-    T* row = rows + int64_t{i} * params.head_dim;
-    for (int32_t d = 0; d < params.head_dim; ++d) row[d] = tile.keys[i][d * params.key.dim_stride];
-    tile.keys[i] = row;
-  }
-}
-
 template <int N>
 struct Count {
   static constexpr int kCount = N;
@@ -56,6 +46,31 @@ ART_INLINE void for_each_pass(int32_t group_size, const Run& run) {
   }
 }
 
+template <class T, int kHeads>
+void score_columns_of(const DecodeParams& params, const Tile<T>& tile, int32_t g, Scratch& scratch,
+                      Fetcher& next) {
+  const int32_t row = Dot<T>::row(params.head_dim);
+  float* scores = scratch.scores + g * kScoreStride;
+  WeighedHeads<T> heads = {Dot<T>::queries(scratch) + g * row, row, scores, kScoreStride};
+  T* buffer = static_cast<T*>(scratch.keys);
+  for (int32_t i = 0; i < tile.num_columns; ++i) {
+    const Columns<T>& columns = tile.columns[i];
+    if (g == 0) {
+      score_columns<T, kHeads, true>(columns, params.key.dim_stride, params.head_dim, heads, next,
+                                     buffer);
+    } else {
+      score_columns<T, kHeads, false>(columns, params.key.dim_stride, params.head_dim, heads, next,
+                                      buffer);
+    }
+    heads.sums += columns.count;
+  }
+  if constexpr (!Dot<T>::kScaled) {
+    for (int32_t t = 0; t < kHeads * kScoreStride; t += kLanes) {
+      store(scores + t, load(scores + t) * params.scale);
+    }
+  }
+}
+
 template <class T>
 void score_tile(const DecodeParams& params, const Tile<T>& tile, Scratch& scratch, Fetcher& next) {
   const int32_t row = Dot<T>::row(params.head_dim);
@@ -63,6 +78,7 @@ void score_tile(const DecodeParams& params, const Tile<T>& tile, Scratch& scratc
     constexpr int kHeads = decltype(heads)::kCount;
     const auto* query = Dot<T>::queries(scratch) + g * row;
     float* scores = scratch.scores + g * kScoreStride;
+    if (tile.num_columns > 0) return score_columns_of<T, kHeads>(params, tile, g, scratch, next);
     if (g == 0) {
       score_heads<T, kHeads, true>(tile.keys, tile.num_tokens, params.head_dim, params.scale, query,
                                    next, scores);
@@ -125,14 +141,6 @@ ART_INLINE void exponentiate(float* scores, int32_t num_tokens, SoftmaxState* st
   for (int h = 0; h < kHeads; ++h) states[h].sum = reduce_add(sum[h]);
 }
 
-// Chunks of a row that are weighed together: as many sums as fit into the registers, together with
-// what is added to them.
-template <class T>
-constexpr int chunks_at_once(int32_t heads) {
-  constexpr int kSums = (kLanes == 16 ? 16 : 8) / Weighing<T>::kVectors;
-  return heads >= 3 ? kSums / 4 : kSums / 2;
-}
-
 template <class T>
 void weigh_tile(const DecodeParams& params, const Tile<T>& tile, const float* scores, Fetcher& next,
                 float* values) {
@@ -140,15 +148,15 @@ void weigh_tile(const DecodeParams& params, const Tile<T>& tile, const float* sc
   for_each_pass(params.group_size, [&](int32_t g, auto heads) ART_ALWAYS_INLINE {
     constexpr int kHeads = decltype(heads)::kCount;
     constexpr int kChunks = chunks_at_once<T>(kHeads);
-    const auto* weights =
-        reinterpret_cast<const typename Weighing<T>::Weight*>(scores + g * kScoreStride);
-    float* sums = values + g * padded(params.value_dim);
+    using Weight = typename Weighing<T>::Weight;
+    constexpr int kStride = kScoreStride * sizeof(float) / sizeof(Weight);
+    const int32_t row = padded(params.value_dim);
+    const WeighedHeads<T> weighed = {reinterpret_cast<const Weight*>(scores) + g * kStride, kStride,
+                                     values + g * row, row};
     if (g == 0) {
-      weigh_heads<T, kHeads, kChunks, true>(tile.values, rows, params.value_dim, 0, weights, next,
-                                            sums);
+      weigh_heads<T, kHeads, kChunks, true>(tile.values, rows, params.value_dim, 0, weighed, next);
     } else {
-      weigh_heads<T, kHeads, kChunks, false>(tile.values, rows, params.value_dim, 0, weights, next,
-                                             sums);
+      weigh_heads<T, kHeads, kChunks, false>(tile.values, rows, params.value_dim, 0, weighed, next);
     }
   });
 }
@@ -169,7 +177,6 @@ int32_t lead_of(const DecodeParams& params, const Tile<T>& tile) {
 template <class T>
 void compute_tile(const DecodeParams& params, const Item& item, Tile<T>& tile, Tile<T>& next,
                   Scratch& scratch, Accumulator result) {
-  if (params.key.dim_stride != 1) copy_keys(params, tile, static_cast<T*>(scratch.keys));
   tile.pad();
   const Runs* const parts[] = {&tile.key_runs, &tile.value_runs, &next.key_runs};
   Fetcher fetcher(parts, lead_of(params, tile), lead_of(params, next));

@@ -96,15 +96,22 @@ ART_INLINE void score_heads(const T* const* keys, int32_t num_tokens, int32_t he
   }
 }
 
+// Weights and sums of kHeads heads.
+template <class T>
+struct WeighedHeads {
+  const typename Weighing<T>::Weight* weights;
+  int32_t weight_stride;
+  float* sums;
+  int32_t sum_stride;
+};
+
 // sums[h, d] = sum over rows t of weights[h, t] * value t, for kHeads heads and kChunks chunks of
-// the rows from d on; kCount is set for an incomplete chunk.
+// the rows from d on. `count`: elements wanted of a chunk; kRest: there are no more to load.
 template <class T, int kHeads, int kChunks, bool kFetch, bool kRest>
 ART_INLINE void weigh_chunks(const T* const* rows, int32_t num_rows, int32_t d, int32_t count,
-                             const typename Weighing<T>::Weight* weights, Fetcher& next,
-                             int32_t row, float* sums_out) {
+                             const WeighedHeads<T>& heads, Fetcher& next) {
   using W = Weighing<T>;
   constexpr int kWidth = W::kVectors * kLanes;
-  constexpr int kStride = kScoreStride * sizeof(float) / sizeof(typename W::Weight);
   VecF sums[kHeads][kChunks * W::kVectors] = {};
   for (int32_t t = 0; t < num_rows; t += W::kRows) {
     if constexpr (kFetch) {
@@ -118,7 +125,7 @@ ART_INLINE void weigh_chunks(const T* const* rows, int32_t num_rows, int32_t d, 
     }
 #pragma GCC unroll 16
     for (int h = 0; h < kHeads; ++h) {
-      const auto weight = W::load_weights(weights + h * kStride + t);
+      const auto weight = W::load_weights(heads.weights + h * heads.weight_stride + t);
 #pragma GCC unroll 16
       for (int c = 0; c < kChunks; ++c) W::add(sums[h] + c * W::kVectors, values[c], weight);
     }
@@ -127,29 +134,59 @@ ART_INLINE void weigh_chunks(const T* const* rows, int32_t num_rows, int32_t d, 
   for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 16
     for (int c = 0; c < kChunks; ++c) {
-      W::store_sums(sums[h] + c * W::kVectors, kRest ? count : kWidth,
-                    sums_out + h * row + d + c * kWidth);
+      W::store_sums(sums[h] + c * W::kVectors, count,
+                    heads.sums + h * heads.sum_stride + d + c * kWidth);
     }
   }
 }
 
 // All chunks of the rows, from d on, most of them kChunks at a time.
 template <class T, int kHeads, int kChunks, bool kFetch>
-ART_INLINE void weigh_heads(const T* const* rows, int32_t num_rows, int32_t value_dim, int32_t d,
-                            const typename Weighing<T>::Weight* weights, Fetcher& next,
-                            float* sums) {
+ART_INLINE void weigh_heads(const T* const* rows, int32_t num_rows, int32_t dim, int32_t d,
+                            const WeighedHeads<T>& heads, Fetcher& next) {
   constexpr int kWidth = Weighing<T>::kVectors * kLanes;
-  const int32_t row = padded(value_dim);
-  for (; d + kChunks * kWidth <= value_dim; d += kChunks * kWidth) {
-    weigh_chunks<T, kHeads, kChunks, kFetch, false>(rows, num_rows, d, kWidth, weights, next, row,
-                                                    sums);
+  for (; d + kChunks * kWidth <= dim; d += kChunks * kWidth) {
+    weigh_chunks<T, kHeads, kChunks, kFetch, false>(rows, num_rows, d, kWidth, heads, next);
   }
   if constexpr (kChunks > 1) {
-    weigh_heads<T, kHeads, kChunks / 2, kFetch>(rows, num_rows, value_dim, d, weights, next, sums);
-  } else if (d < value_dim) {
-    weigh_chunks<T, kHeads, 1, kFetch, true>(rows, num_rows, d, value_dim - d, weights, next, row,
-                                             sums);
+    weigh_heads<T, kHeads, kChunks / 2, kFetch>(rows, num_rows, dim, d, heads, next);
+  } else if (d < dim) {
+    weigh_chunks<T, kHeads, 1, kFetch, true>(rows, num_rows, d, dim - d, heads, next);
   }
+}
+
+// Chunks of a row that are weighed together: as many sums as fit into the registers, together with
+// what is added to them.
+template <class T>
+constexpr int chunks_at_once(int32_t heads) {
+  constexpr int kSums = (kLanes == 16 ? 16 : 8) / Weighing<T>::kVectors;
+  return heads >= 3 ? kSums / 4 : kSums / 2;
+}
+
+// Logits where the token dimension is contiguous: rows are dimensions then, weighed by the elements
+// of queries. `buffer`: as many elements as a chunk has, for each dimension.
+template <class T, int kHeads, bool kFetch>
+ART_INLINE void score_columns(const Columns<T>& columns, int64_t dim_stride, int32_t head_dim,
+                              const WeighedHeads<T>& heads, Fetcher& next, T* buffer) {
+  constexpr int kWidth = Weighing<T>::kVectors * kLanes;
+  constexpr int kChunks = chunks_at_once<T>(kHeads);
+  const T* rows[kMaxHeadDim];
+  for (int32_t d = 0; d < head_dim; ++d) rows[d] = columns.keys + d * dim_stride;
+  const int32_t whole = columns.count / kWidth * kWidth, rest = columns.count - whole;
+  weigh_heads<T, kHeads, kChunks, kFetch>(rows, head_dim, whole, 0, heads, next);
+  if (rest == 0) return;
+  if (columns.room >= whole + kWidth) {
+    weigh_chunks<T, kHeads, 1, kFetch, false>(rows, head_dim, whole, rest, heads, next);
+    return;
+  }
+  // What follows the page is not ours to read.
+  for (int32_t d = 0; d < head_dim; ++d) {
+    T* row = buffer + d * kWidth;
+    __builtin_memset(row, 0, sizeof(T) * kWidth);
+    __builtin_memcpy(row, rows[d] + whole, sizeof(T) * rest);
+    rows[d] = row - whole;
+  }
+  weigh_chunks<T, kHeads, 1, false, false>(rows, head_dim, whole, rest, heads, next);
 }
 
 }  // namespace
