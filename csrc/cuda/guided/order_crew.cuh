@@ -13,7 +13,7 @@
 namespace art::cuda::guided {
 
 constexpr int kMaxCrew = 8;
-constexpr int kLeastOrderWarps = 4;  // and multiples of these
+constexpr int kLeastOrderWarps = 2;  // and multiples of these
 constexpr int kMaxOrderWarps = 16;
 constexpr int kMostHeads = 64;  // query heads that are added up together
 

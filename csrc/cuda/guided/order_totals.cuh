@@ -34,8 +34,10 @@ struct OrderItem {
 struct UnitVector {
   uint32_t words[kUnitsPerVector / 2];
 
-  __device__ static UnitVector load(const int16_t* lse, int32_t vector) {
-    const uint4 words = *reinterpret_cast<const uint4*>(lse + vector * kUnitsPerVector);
+  // `head`: of the group. All heads of an item are fewer than 2^32 vectors.
+  __device__ static UnitVector load(const OrderItem& item, uint32_t head, uint32_t vector) {
+    const uint32_t stride = static_cast<uint32_t>(item.space.unit_stride) / kUnitsPerVector;
+    const uint4 words = reinterpret_cast<const uint4*>(item.lse)[head * stride + vector];
     return {{words.x, words.y, words.z, words.w}};
   }
   __device__ int32_t operator[](int i) const {
@@ -68,14 +70,14 @@ __device__ void add_task(const OrderItem& item, const GuidedUnits& units, const 
                          const Heads& heads, int32_t task, State& state) {
   const int32_t step = 32 << heads.parts_log2, end = mine.end_vector;
   const int32_t part = task & ((1 << heads.parts_log2) - 1), lane = threadIdx.x % 32;
-  const int16_t* lse = item.lse_of(heads.first + (task >> heads.parts_log2));
+  const uint32_t head = heads.first + (task >> heads.parts_log2);
   int32_t v = mine.first_vector + part * 32 + lane;
   UnitVector next;
-  if (v < end) next = UnitVector::load(lse, v);
+  if (v < end) next = UnitVector::load(item, head, v);
 #pragma unroll 1
   for (; v < end; v += step) {
     UnitVector vector = next;
-    if (v + step < end) next = UnitVector::load(lse, v + step);
+    if (v + step < end) next = UnitVector::load(item, head, v + step);
     const uint32_t visible = visible_units(units, v);
     if (visible != kAllVisible) vector.keep(visible);
     state.add(vector, kUnitsPerVector - __popc(visible));
@@ -203,7 +205,7 @@ __device__ inline int32_t share_of_units(const OrderItem& item, const BlockUnits
       const auto at = [&](int i) { return min(head + i, heads.count - 1); };
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        vectors[i] = UnitVector::load(item.lse_of(heads.first + at(i)), v);
+        vectors[i] = UnitVector::load(item, heads.first + at(i), v);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
