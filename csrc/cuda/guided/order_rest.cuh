@@ -55,16 +55,22 @@ __device__ inline uint64_t mass_after(const Heads& heads, const Crew& crew, int3
   return sum_of_warp(mass);
 }
 
-// What a head has left after each of them, by one warp: from the last to the first.
+// What a head has left after each of them, by one warp: from the last to the first. The next ones
+// are on their way while some are added up.
 __device__ inline void write_rest_of(const Entries& entries, const int32_t* walk,
                                      const int16_t* lse, int32_t largest, const uint32_t* powers,
                                      uint64_t after, float* log_rest) {
   const int32_t lane = threadIdx.x % 32, length = entries.end - entries.begin;
+  const auto steps_of = [&](uint64_t mass) { return guess_steps_of_mass(mass, powers); };
+  int32_t entry = entries.begin + (length + 31) / 32 * 32 - 32 + lane;
+  int16_t next = 0;
+  if (entry < entries.end && length > 0) next = lse[walk[entry]];
 #pragma unroll 1
-  for (int32_t row = (length + 31) / 32 - 1; row >= 0; --row) {
-    const int32_t entry = entries.begin + row * 32 + lane;
+  for (; entry - lane >= entries.begin; entry -= 32) {
+    const int16_t steps = next;
+    if (entry - lane > entries.begin) next = lse[walk[entry - 32]];
     UnitMasses masses = {powers, largest};
-    if (entry < entries.end) masses.add(int32_t{lse[walk[entry]]});
+    if (entry < entries.end) masses.add(int32_t{steps});
     uint64_t from = masses.mass;  // of this entry and of those after it
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -72,7 +78,7 @@ __device__ inline void write_rest_of(const Entries& entries, const int32_t* walk
       if (lane + distance < 32) from += more;
     }
     if (entry < entries.end) {
-      log_rest[entry] = log_of_rest(after + (from - masses.mass), largest, powers);
+      log_rest[entry] = log_of_rest(after + (from - masses.mass), largest, steps_of);
     }
     after += __shfl_sync(~0u, from, 0);
   }
