@@ -166,6 +166,7 @@ cudaError_t prepare(int32_t blocks_log2, int* clusters) {
 // Asked once for each GPU.
 cudaError_t look_at(Device* device) {
   static ResidencyCache<kCrewSizes> cache;
+  *device = {};
   for (int i = 0; i < kCrewSizes; ++i) {
     Residency residency;
     const cudaError_t error = cache.get(
@@ -177,7 +178,7 @@ cudaError_t look_at(Device* device) {
         },
         &residency);
     if (error != cudaSuccess) return error;
-    *device = {residency.multiprocessors, {}};
+    device->multiprocessors = residency.multiprocessors;
     device->max_clusters[i] = newest_kernels() >= 90 ? residency.blocks : 0;
   }
   return cudaSuccess;
