@@ -49,7 +49,7 @@ ART_INLINE void score_unit(const CodeLayout& layout, const uint8_t* unit, const 
 #pragma GCC unroll 16
       for (int l = 0; l < kLines; ++l) {
         const uint8_t* from = unit + (first + l) * layout.line_bytes() + 2 * i;
-        field[l] = __builtin_convertvector(load_raw<VecOf<kLanes>::H>(from), VecU);
+        field[l] = load_words<kLanes>(from);
       }
 #pragma GCC unroll 4
       for (int place = 0; place < kPlaces; ++place) {
