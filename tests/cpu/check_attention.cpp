@@ -39,6 +39,24 @@ Result attend(DecodeParams params, int64_t num_threads, int64_t num_splits, Tota
   return result;
 }
 
+// Relative errors: of a result that is rounded to its type, and of the probabilities that multiply
+// values, which may be rounded to a half type. Softmax sums are of the same probabilities.
+struct Precision {
+  double result;
+  double weight;
+};
+
+Precision precision_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return {0x1p-24, 0.0};
+    case DType::kFloat16:
+      return {0x1p-11, 0x1p-12};
+    default:
+      return {0x1p-8, 0x1p-9};
+  }
+}
+
 void compare(const std::string& name, const DecodeParams& params, const Exact& exact,
              const Result& result, Totals& totals) {
   for (size_t item = 0; item < exact.stop_block.size(); ++item) {
@@ -52,20 +70,19 @@ void compare(const std::string& name, const DecodeParams& params, const Exact& e
                 exact.stop_block[item], exact.tokens_read[item], result.stop_block[item],
                 result.tokens_read[item]);
   }
-  const double unit = params.dtype == DType::kFloat32   ? 0x1p-24
-                      : params.dtype == DType::kFloat16 ? 0x1p-11
-                                                        : 0x1p-8;
+  const Precision precision = precision_of(params.dtype);
   for (size_t row = 0; row < exact.lse.size(); ++row) {
     const size_t item = row / params.group_size;
     const int32_t tokens = exact.tokens_read[item];
     // Rounded terms make a logit, rounded logits probabilities, and their sums the output. Sums are
     // formed tile by tile, so that they gather few roundings.
-    const double of_sums = 0x1p-24 * (8.0 + std::sqrt(tokens) + exact.magnitude[row]);
+    const double of_sums =
+        precision.weight + 0x1p-24 * (8.0 + std::sqrt(tokens) + exact.magnitude[row]);
     for (int32_t d = 0; d < params.value_dim; ++d) {
       const size_t at = row * params.value_dim + d;
       const double got = read(params.dtype, result.out.data(), at);
       const double error = std::abs(got - exact.out[at]);
-      const double rounding = unit * std::abs(exact.out[at]);
+      const double rounding = precision.result * std::abs(exact.out[at]);
       const double allowed = rounding + of_sums * exact.largest_value[row];
       if (error > rounding) {
         totals.worst_out = std::fmax(totals.worst_out, (error - rounding) / (allowed - rounding));
@@ -104,7 +121,7 @@ void check_attention(const std::string& name, const Case& what, DType dtype, Tot
     Problem problem;
     build(what, dtype, seed, problem);
     const Exact exact = exact_attention(problem.params);
-    if (exact.nearest < kMargin) continue;
+    if (exact.nearest < margin_of(dtype)) continue;
     return check_result(name, problem.params, exact, totals);
   }
   fail(totals, name, "%u draws, and each has a decision near its threshold", kMostDraws);

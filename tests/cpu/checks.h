@@ -14,9 +14,9 @@
 
 namespace checks {
 
-// A decision nearer to its threshold may be made otherwise in float32. Then the case is drawn
+// A decision nearer to its threshold may be made otherwise than in float64. Then the case is drawn
 // again, so that all stops can be compared.
-constexpr double kMargin = 2e-3;
+constexpr double margin_of(DType dtype) { return dtype == DType::kFloat32 ? 2e-3 : 1e-2; }
 constexpr uint32_t kMostDraws = 50;
 
 struct Totals {
