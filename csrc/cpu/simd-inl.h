@@ -12,6 +12,7 @@ struct VecOf {
   typedef int32_t I __attribute__((vector_size(4 * N)));
   typedef uint32_t U __attribute__((vector_size(4 * N)));
   typedef uint16_t H __attribute__((vector_size(2 * N)));
+  typedef int8_t B __attribute__((vector_size(N)));
 };
 
 using VecF = VecOf<kLanes>::F;
@@ -67,6 +68,14 @@ ART_INLINE typename VecOf<N>::F load_n(const Float16* from) {
   const U special = magnitude | 0x7f800000;
   const U is_special = (U)(magnitude >= 0x0f800000);
   return bit_cast<F>((is_special & special) | (~is_special & finite) | ((half & 0x8000) << 16));
+}
+
+// Of an int8 cache: the code, without the scale of its row.
+template <int N>
+ART_INLINE typename VecOf<N>::F load_n(const int8_t* from) {
+  using I = typename VecOf<N>::I;
+  const I codes = __builtin_convertvector(load_raw<typename VecOf<N>::B>(from), I);
+  return __builtin_convertvector(codes, typename VecOf<N>::F);
 }
 
 template <class T>
