@@ -12,7 +12,8 @@ Implementations, which take turns with the last-level cache flushed before each 
                  group packed as queries of one head, [B, Hkv, G, D]: its fastest form on a CPU
     read         a plain read of the same bytes
 
-All use the same tokens, in memory with huge pages. art_torch reads them from shuffled pages.
+All use the same tokens, in memory with huge pages. art_torch reads them from shuffled pages. In the
+cases "int8" these have eight bits an element, and PyTorch's own has bfloat16.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from common import (
     take_turns,
     write_results,
 )
-from decode_inputs import DTYPES, HALF, Case, Inputs, make_inputs
+from decode_inputs import DTYPES, HALF, INT8, Case, Inputs, make_inputs
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -74,6 +75,7 @@ def make_calls(case: Case, inputs: Inputs) -> dict[str, Callable[[], Any]]:
             inputs.block_table,
             inputs.seq_lens,
             criterion=criterion,
+            **inputs.storage.scales,
         )
 
     def sdpa() -> Tensor:
@@ -82,7 +84,7 @@ def make_calls(case: Case, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     expected = sdpa().view_as(inputs.query)
     for criterion, read in ((None, 1), (NEVER, 1), (HALF, 2)):
         result = art(criterion)
-        tolerance = 1e-4 if case.dtype == "f32" else 1e-2
+        tolerance = {"f32": 1e-4, "bf16": 1e-2, "int8": 2e-2}[case.dtype]
         torch.testing.assert_close(result.out, expected, rtol=tolerance, atol=tolerance)
         if not (result.tokens_read == case.tokens // read).all():
             raise RuntimeError(
@@ -133,7 +135,7 @@ def measure(
 def rows_of(case: Case, timings: Timings, disturbance: float) -> list[dict[str, Any]]:
     notes = {
         "art_half": "stops after exactly half of the tokens",
-        "sdpa_packed": "contiguous cache",
+        "sdpa_packed": "contiguous cache" + (", bfloat16" if case.dtype == INT8 else ""),
         "read": "the same pages in order",
     }
     rows = []

@@ -42,12 +42,6 @@ ART_HD const int32_t* block_table_of(const DecodeParams& params, int32_t batch, 
          head * params.block_table_head_stride;
 }
 
-ART_HD const float& scale_of(const PagedScales& scales, int64_t page, int64_t offset,
-                             int32_t head) {
-  return scales
-      .data[page * scales.page_stride + offset * scales.token_stride + head * scales.head_stride];
-}
-
 ART_HD Item make_item(const DecodeParams& params, int32_t index, TokenRange visible,
                       const Walk& walk) {
   const int32_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;

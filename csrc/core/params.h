@@ -24,11 +24,15 @@ struct PagedScales {
   int64_t page_stride;
   int64_t token_stride;
   int64_t head_stride;
+
+  const float* at(int64_t page, int64_t offset, int32_t head) const {
+    return data + page * page_stride + offset * token_stride + head * head_stride;
+  }
 };
 
 struct DecodeParams {
-  DType dtype;        // of query and out
-  DType cache_dtype;  // of keys and values: that of the query, or kInt8
+  DType dtype;        // of keys and values
+  DType query_dtype;  // of query and out: the same, except for int8 keys and values
 
   int32_t batch;
   int32_t num_q_heads;

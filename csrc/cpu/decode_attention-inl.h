@@ -4,56 +4,6 @@
 
 namespace {
 
-// What the rows of a tile are multiplied by: nothing, except in an int8 cache. The keys' scales
-// then multiply logits and the values' probabilities, so that rows are used as the codes they are.
-template <class T>
-struct TileScales {
-  void set_key(const DecodeParams&, int32_t, int64_t, int64_t, int32_t) {}
-  void set_value(const DecodeParams&, int32_t, int64_t, int64_t, int32_t) {}
-  static void prefetch(const DecodeParams&, int64_t, int64_t, int32_t) {}
-  void pad(int32_t) {}
-  void multiply_logits(int32_t, float*) const {}
-  void multiply_probabilities(int32_t, float*) const {}
-};
-
-template <>
-struct TileScales<int8_t> {
-  float keys[kScoreStride];
-  float values[kScoreStride];
-
-  ART_INLINE void set_key(const DecodeParams& params, int32_t i, int64_t page, int64_t offset,
-                          int32_t head) {
-    keys[i] = scale_of(params.key_scale, page, offset, head);
-  }
-  ART_INLINE void set_value(const DecodeParams& params, int32_t i, int64_t page, int64_t offset,
-                            int32_t head) {
-    values[i] = scale_of(params.value_scale, page, offset, head);
-  }
-  ART_INLINE static void prefetch(const DecodeParams& params, int64_t page, int64_t offset,
-                                  int32_t head) {
-    __builtin_prefetch(&scale_of(params.key_scale, page, offset, head));
-    __builtin_prefetch(&scale_of(params.value_scale, page, offset, head));
-  }
-  // With numbers that leave the zeros of padding as they are.
-  void pad(int32_t num_tokens) {
-    for (int32_t i = num_tokens; i < round_up(num_tokens, kTilePadding); ++i) {
-      keys[i] = values[i] = 0.0f;
-    }
-  }
-  void multiply_logits(int32_t num_tokens, float* scores) const {
-    multiply(keys, num_tokens, scores);
-  }
-  void multiply_probabilities(int32_t num_tokens, float* scores) const {
-    multiply(values, num_tokens, scores);
-  }
-
- private:
-  ART_INLINE static void multiply(const float* by, int32_t num_tokens, float* scores) {
-    for (int32_t t = 0; t < num_tokens; t += kLanes)
-      store(scores + t, load(scores + t) * load(by + t));
-  }
-};
-
 // Rows of one tile: only visible tokens, so nothing has to be masked and no other memory is read.
 template <class T>
 struct Tile {
@@ -120,7 +70,7 @@ void load_query_as(const DecodeParams& params, const Item& item, Scratch& scratc
 template <class T, class Run>
 ART_INLINE void with_query_type(const DecodeParams& params, const Run& run) {
   if constexpr (__is_same(T, int8_t)) {
-    switch (params.dtype) {
+    switch (params.query_dtype) {
       case DType::kFloat32:
         return run(float());
       case DType::kFloat16:
@@ -342,8 +292,7 @@ void fold_tile(const DecodeParams& params, const Accumulator& tile, Accumulator 
   *step.num_tokens += *tile.num_tokens;
 }
 
-// Calls visit(token, key row, value row, page, offset in the page) for the visible tokens of a
-// step, in walk order.
+// Calls visit(token, key row, value row, scales) for the visible tokens of a step, in walk order.
 template <class T, class Visit>
 ART_INLINE void for_each_token(const DecodeParams& params, const Item& item, int32_t step,
                                const Visit& visit) {
@@ -358,8 +307,10 @@ ART_INLINE void for_each_token(const DecodeParams& params, const Item& item, int
     const int64_t offset = tokens.begin - int64_t{slot} * params.page_size;
     const T* key = keys + page * params.key.page_stride + offset * params.key.token_stride;
     const T* value = values + page * params.value.page_stride + offset * params.value.token_stride;
+    typename TileScales<T>::Cursor scales(params, page, offset, item.kv_head);
     for (int32_t token = tokens.begin; token < tokens.end; ++token) {
-      visit(token, key, value, page, offset + (token - tokens.begin));
+      visit(token, key, value, scales);
+      scales.advance();
       key += params.key.token_stride;
       value += params.value.token_stride;
     }
@@ -377,19 +328,19 @@ void compute_step(const DecodeParams& params, const Item& item, int32_t step, Sc
     first_tile = false;
     tile.num_tokens = 0;
   };
+  using Scales = typename TileScales<T>::Cursor;
   for_each_token<T>(params, item, step,
-                    [&](int32_t token, const T* key, const T* value, int64_t page, int64_t offset) {
+                    [&](int32_t token, const T* key, const T* value, const Scales& scales) {
                       if (tile.num_tokens == kTileTokens) flush();
-                      tile.scales.set_key(params, tile.num_tokens, page, offset, item.kv_head);
-                      tile.scales.set_value(params, tile.num_tokens, page, offset, item.kv_head);
+                      tile.scales.set(tile.num_tokens, scales);
                       tile.keys[tile.num_tokens] = key;
                       tile.values[tile.num_tokens] = value;
                       tile.positions[tile.num_tokens++] = token;
                     });
   if (step + 1 < item.steps.num_steps && params.key.dim_stride == 1) {
     for_each_token<T>(params, item, step + 1,
-                      [&](int32_t, const T* key, const T*, int64_t page, int64_t offset) {
-                        TileScales<T>::prefetch(params, page, offset, item.kv_head);
+                      [&](int32_t, const T* key, const T*, const Scales& scales) {
+                        scales.prefetch();
                         if (tile.num_next_keys < kTileTokens)
                           tile.next_keys[tile.num_next_keys++] = key;
                       });

@@ -117,7 +117,7 @@ int64_t bound_steps(const DecodeParams& params, int64_t index) {
 class Worker {
  public:
   Worker(const DecodeParams& params, const DecodePlan& plan, const Workspace& space, int64_t worker)
-      : params_(params), plan_(plan), space_(space), kernels_(kernels(params.cache_dtype)) {
+      : params_(params), plan_(plan), space_(space), kernels_(kernels(params.dtype)) {
     Arena arena(space.scratch + worker * space.scratch_bytes);
     scratch_ = take_scratch(params, arena);
   }
@@ -241,7 +241,7 @@ class Worker {
 }  // namespace
 
 DecodePlan plan_decode(const DecodeParams& params, int64_t num_threads, int64_t num_splits) {
-  kernels(params.cache_dtype);  // a name in ART_CPU that is wrong is an error here, not in a thread
+  kernels(params.dtype);  // a name in ART_CPU that is wrong is an error here, not in a thread
   DecodePlan plan = {};
   plan.num_items = int64_t{params.batch} * params.num_kv_heads;
   int64_t total_steps = 0, max_steps = 1;

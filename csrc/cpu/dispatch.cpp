@@ -82,6 +82,6 @@ std::vector<std::pair<const char*, bool>> target_support() {
   return support;
 }
 
-const Kernels& kernels(DType cache_dtype) { return target().kernels(cache_dtype); }
+const Kernels& kernels(DType dtype) { return target().kernels(dtype); }
 
 }  // namespace art::cpu

@@ -46,7 +46,7 @@ void load_keys(const DecodeParams& cache, int32_t batch, int32_t head, int32_t g
       }
     };
     if constexpr (dtype == DType::kInt8) {
-      const float scale = scale_of(cache.key_scale, page, offset, head);
+      const float scale = *cache.key_scale.at(page, offset, head);
       load_with([scale](float code) { return code * scale; });
     } else {
       load_with([](float key) { return key; });
@@ -98,7 +98,7 @@ void encode_item(const EncodeParams& params, int64_t index) {
   const GroupRange groups = new_groups(params, batch, head);
   Group group;
   for (int32_t g = groups.begin; g < groups.end; ++g) {
-    with_dtype(params.cache.cache_dtype, [&](auto kind) {
+    with_dtype(params.cache.dtype, [&](auto kind) {
       load_keys<decltype(kind)::value>(params.cache, batch, head, g, layout, group);
     });
     write_record(group, layout, record_of(params.codes, table[g], head));

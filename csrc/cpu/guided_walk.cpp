@@ -99,7 +99,7 @@ size_t guided_bytes(const GuidedParams& params) {
 }
 
 int64_t guided_workers(const GuidedParams& params, int64_t num_threads) {
-  kernels(params.attention.cache_dtype);  // a name in ART_CPU that is wrong is an error here
+  kernels(params.attention.dtype);  // a name in ART_CPU that is wrong is an error here
   const int64_t items = int64_t{params.attention.batch} * params.attention.num_kv_heads;
   int64_t units = 0;
   for (int64_t index = 0; index < items; ++index) {
@@ -126,7 +126,7 @@ void guide_item(const GuidedParams& params, int64_t index, void* memory) {
   int32_t* scores = arena.take<int32_t>(params.max_units);
   const int64_t stride = round_up(params.max_units, kTilePadding);
   if (units.num_units() > 0) {
-    kernels(attention.cache_dtype).score_units(params, item, scratch);
+    kernels(attention.dtype).score_units(params, item, scratch);
     share_of_units(attention, item, unit_lse, stride, scores);
     order_units(units, scores, walk, log_mass);
   }

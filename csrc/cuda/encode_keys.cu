@@ -269,7 +269,7 @@ cudaError_t launch(const EncodeParams& params, cudaStream_t stream) {
 
 cudaError_t launch_encode(const EncodeParams& params, cudaStream_t stream) {
   if (params.cache.batch == 0) return cudaSuccess;
-  switch (params.cache.cache_dtype) {
+  switch (params.cache.dtype) {
     case DType::kFloat32:
       return launch<DType::kFloat32>(params, stream);
     case DType::kFloat16:

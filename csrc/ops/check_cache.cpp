@@ -90,7 +90,7 @@ PagedScales paged_scales(const char* op, const char* name, const std::optional<T
 void set_query(DecodeParams& params, const char* op, const Tensor& query, const Tensor& key_cache) {
   check_rank(op, "query", query, 3, "[batch, num_q_heads, head_dim]");
   check_rank(op, "key_cache", key_cache, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
-  params.dtype = check_element_type(op, "query", query);
+  params.query_dtype = check_element_type(op, "query", query);
   if (key_cache.scalar_type() != ScalarType::Char) {  // which goes with any query
     check_dtype(op, "key_cache", key_cache, query.scalar_type());
   }
@@ -114,7 +114,7 @@ void set_keys(DecodeParams& params, const char* op, const Tensor& key,
               const std::optional<Tensor>& key_scale, const Tensor& first) {
   check_rank(op, "key_cache", key, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
   check_same_device(op, "key_cache", key, first);
-  params.cache_dtype = check_cache_type(op, "key_cache", key);
+  params.dtype = check_cache_type(op, "key_cache", key);
   check_row_dim(op, "head_dim", key.size(3));
   ART_CHECK(key.size(2) >= 1, op, ": num_kv_heads must be at least 1, got ", key.size(2));
   ART_CHECK(key.size(1) >= 1, op, ": page_size must be at least 1, got ", key.size(1));
