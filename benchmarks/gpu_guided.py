@@ -70,16 +70,16 @@ def encode(inputs: Inputs, num_bytes: int) -> Coded:
 
 def step(coded: Coded, patience: int, index: int) -> art_torch.DecodeResult:
     """Scores, order, and attention that ends at the same block whatever it reads."""
-    inputs, walk = coded.inputs, coded.walk(index)
+    inputs = coded.inputs
     return art_torch.decode_attention(
         inputs.queries[index],
         inputs.keys.transpose(1, 2),
         inputs.values.transpose(1, 2),
         inputs.block_tables[index],
         inputs.seq_lens,
-        walk=walk.walk,
-        walk_lens=walk.walk_lens,
-        num_pinned=walk.num_pinned,
+        walk="guided",
+        key_codes=coded.pools[index],
+        code_table=coded.table,
         criterion=art_torch.Stability(EVERY_CHANGE, EVERY_CHANGE, patience),
     )
 
