@@ -9,11 +9,9 @@ from common import huge_pages
 from torch import Tensor
 
 import art_torch
-from art_torch.int8_storage import Int8PageStorage
 from art_torch.page_storage import PageStorage
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
-INT8 = "int8"  # keys and values in eight bits, of bfloat16 tokens and for a bfloat16 query
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SINK_TOKENS = 64  # read first by the default walk, sink_recent
 HALF = art_torch.Stability.paper()  # stops half way on these inputs
 
@@ -41,9 +39,8 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        itemsize = DTYPES[self.dtype].itemsize
-        row = self.head_dim + 4 if self.dtype == INT8 else self.head_dim * itemsize
-        return 2 * self.batch * self.tokens * self.num_kv_heads * row
+        elements = self.batch * self.tokens * self.num_kv_heads * self.head_dim
+        return 2 * elements * DTYPES[self.dtype].itemsize
 
 
 @dataclass
@@ -95,8 +92,7 @@ def make_inputs(case: Case, settles: bool = True) -> Inputs:
     num_pages = case.batch * pages_per_row
     device = torch.device("cpu")
     # Page 0 is the cache's own; a page beyond the last leaves room to look at the bytes of all.
-    storage_type = Int8PageStorage if case.dtype == INT8 else PageStorage
-    storage = storage_type(heads, dim, dim, page, keys.dtype, device, num_pages + 2)
+    storage = PageStorage(heads, dim, dim, page, keys.dtype, device, num_pages + 2)
     storage.ensure(num_pages + 1)
     shuffled = torch.randperm(num_pages, generator=torch.Generator().manual_seed(1)) + 1
     block_table = shuffled.view(case.batch, pages_per_row)
@@ -107,9 +103,8 @@ def make_inputs(case: Case, settles: bool = True) -> Inputs:
             storage.key_cache,
             storage.value_cache,
             (block_table[row][:, None] * page + torch.arange(page)).flatten(),
-            **storage.scales,
         )
-    size = storage.page_bytes // storage.key_cache.itemsize
+    size = storage.page_bytes // keys.dtype.itemsize
     offset = storage.key_cache.storage_offset() + size
     in_use = storage.key_cache.as_strided((num_pages * size,), (1,), offset)
     return Inputs(
