@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import BASE, CACHE_DTYPES, LOOSE, Case, build
+from cases import BASE, CACHE_DTYPES, DTYPES, LOOSE, Case, build
 from coded import (
     GUIDED_CASES,
     UNIT,
@@ -244,7 +244,7 @@ def test_random_cases(device, data):
         per_head_table=draw(st.booleans()), sinks=draw(st.booleans()),
         query_scale=draw(st.sampled_from([0.1, 1.0, 4.0])), options=options, **more,
     )  # fmt: skip
-    inputs = build(case, draw(st.sampled_from(CACHE_DTYPES)), device, seed=draw(st.integers(0, 99)))
+    inputs = build(case, draw(st.sampled_from(DTYPES)), device, seed=draw(st.integers(0, 99)))
     codes = with_codes(inputs)
     result = walk_of(inputs, codes, rest=True)
     check(inputs, codes, result)
