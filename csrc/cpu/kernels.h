@@ -96,6 +96,7 @@ const char* target_name();
 // Names of all targets, and whether this machine runs them.
 std::vector<std::pair<const char*, bool>> target_support();
 
+// Of the target in use, for keys and values of a dtype.
 const Kernels& kernels(DType dtype);
 
 }  // namespace art::cpu

@@ -17,9 +17,10 @@ from transformers.cache_utils import (
 )
 
 from art_torch.cache import PageTable
+from art_torch.int8_storage import Int8PageStorage
 from art_torch.integrations.transformers.layer import ARTLayer
 from art_torch.integrations.transformers.new_keys import NOT_PATCHED
-from art_torch.page_storage import MemoryBudget
+from art_torch.page_storage import MemoryBudget, PageStorage
 
 __all__ = ["ARTCache", "layer_windows"]
 
@@ -50,6 +51,10 @@ class ARTCache(Cache):
             and values, for ``patch(model, criterion, walk="guided")``. A model patched so switches
             them on by itself. Codes follow everything the cache does. After keys were written to by
             others, through PyTorch, they are made anew.
+        kv_dtype: ``torch.int8`` keeps keys and values in eight bits an element, on the CPU: each
+            token of a head is rounded to 255 multiples of a float32 scale of its own when it is
+            stored (``docs/int8.md``). Tokens of a forward pass see each other as they came, a
+            decode step reads what is stored. None keeps them as they are.
 
     Raises:
         TypeError: ``config`` is not a model config.
@@ -66,12 +71,17 @@ class ARTCache(Cache):
         page_size: int | None = None,
         max_bytes: int | None = None,
         key_codes: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be model.config, got {type(config).__name__}")
         page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size must be a positive multiple of 16, got {page_size}")
+        if kv_dtype not in (None, torch.int8):
+            raise ValueError(
+                f"kv_dtype must be torch.int8, or None for the dtype of the model, got {kv_dtype}"
+            )
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
         text_config = config.get_text_config(decoder=True)
@@ -94,11 +104,12 @@ class ARTCache(Cache):
         lends = _DUMMY in windows or bool(getattr(text_config, "num_kv_shared_layers", None))
         others = DynamicCache(config=text_config).layers
         led: set[Any] = set()
+        storage = PageStorage if kv_dtype is None else Int8PageStorage
         for index, window in enumerate(windows):
             if not isinstance(window, int):
                 layers.append(others[index])
                 continue
-            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows))
+            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows, storage))
             led.add(window)
         super().__init__(layers=layers)
 
