@@ -31,8 +31,9 @@ BUILT := $(VENV)/.built
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 PEERS := $(VENV)/.peers
+CPU_PEERS := $(VENV)/.cpu-peers
 
-.PHONY: help build demo test lint bench gpu-bench gpu-test gpu-sanitize wheel clean
+.PHONY: help build demo test lint bench cpu-peers gpu-bench gpu-test gpu-sanitize wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -54,6 +55,7 @@ lint: $(DEV) ## Check style and types
 
 bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of README.md (an hour)
 	$(PY) benchmarks/bench_decode.py
+	$(PY) benchmarks/bench_decode.py --avx2
 	$(PY) benchmarks/bench_guided_decode.py
 	$(PY) benchmarks/bench_memory.py
 	$(PY) benchmarks/bench_kvpress.py
@@ -61,6 +63,8 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 	$(PY) benchmarks/bench_walks.py
 	$(PY) benchmarks/make_tables.py
 	$(PY) benchmarks/make_tables.py --readme docs/kvpress.md
+
+cpu-peers: $(CPU_PEERS) ## Get what bench_decode.py compares with: vLLM's operator, ggml, ONNX Runtime
 
 gpu-bench: $(PEERS) ## Measure the CUDA operator beside its peers, renew README.md (GPU_BENCH_ARGS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/bench_gpu.py $(GPU_BENCH_ARGS)
@@ -116,4 +120,10 @@ $(DEV): $(DEMO)
 $(PEERS): $(DEV)
 	@[ -e $@ ] || \
 	{ echo "Installing FlashInfer (minutes)"; $(PIP) $(QUIET) 'flashinfer-python>=0.7' ninja; }
+	@touch $@
+
+# They stay in the cache folder of the examples' models, for which see examples/models.py.
+$(CPU_PEERS): $(DEV) benchmarks/get_cpu_peers.py
+	@$(PIP) $(QUIET) 'onnx>=1.17' 'onnxruntime>=1.32' cmake
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/get_cpu_peers.py
 	@touch $@
