@@ -176,7 +176,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.avx2:
         hold_to_avx2()
-    console = Console(width=None if Console().is_terminal else 200)
+    console = Console(width=None if Console().is_terminal else 240)
     threads = arguments.threads or ([1] if arguments.quick else [1, 2])
     cases = [case for case in make_cases(arguments.quick, threads) if arguments.cases in case.name]
     if not cases:
