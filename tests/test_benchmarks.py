@@ -4,15 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-import art_torch
-
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+from scripts import BENCHMARKS, ROOT, run_script
 
 DECODE = {
     "device": "A CPU",
@@ -104,22 +99,6 @@ def gpu_points(monkeypatch):
 
 
 @pytest.fixture
-def cpu_peers(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import cpu_peers
-
-    return cpu_peers
-
-
-@pytest.fixture
-def decode_report(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import decode_report
-
-    return decode_report
-
-
-@pytest.fixture
 def gpu_report(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_report
@@ -131,13 +110,6 @@ def gpu_report(monkeypatch):
 def results(tmp_path):
     (tmp_path / "decode-a-cpu.json").write_text(json.dumps(DECODE))
     return tmp_path
-
-
-def run_script(name, *arguments):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_tables_are_filled_from_results(make_tables, results):
@@ -179,94 +151,6 @@ def test_check_finds_typed_figures(results):
 def test_tables_of_the_readme_are_current(make_tables):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert make_tables.fill(text, make_tables.RESULTS) == text
-
-
-def test_bench_decode_runs(tmp_path):
-    output = tmp_path / "decode.json"
-    done = run_script("bench_decode.py", "--quick", "--no-peers", "--output", str(output))
-    assert done.returncode == 0, done.stderr
-    assert "B3_S256_H8/2_D64_f16_p64_ragged" in done.stdout
-    measured = json.loads(output.read_text())
-    assert measured["device"]
-    assert measured["simd"]
-    cases = list(dict.fromkeys(row["case"] for row in measured["rows"]))
-    assert len(cases) == 9
-    for case in cases:
-        rows = {row["impl"]: row for row in measured["rows"] if row["case"] == case}
-        fractions = ["art_half", "art_tenth"] if "_S2048" in case else []
-        assert list(rows) == ["art_dense", "art_never", *fractions, "sdpa_packed", "read"]
-        if fractions:
-            assert 2 * rows["art_half"]["bytes"] == rows["art_dense"]["bytes"]
-        for row in rows.values():
-            assert 0 < row["us_min"] <= row["us"] <= row["us_max"]
-
-
-def test_bench_decode_says_which_peers_are_missing(tmp_path, monkeypatch):
-    monkeypatch.setenv("ART_TORCH_CACHE", str(tmp_path))
-    done = run_script("bench_decode.py", "--quick", "--cases", "S1024_H8/2_D128_f32")
-    assert done.returncode == 0, done.stderr
-    for peer in ("vllm", "ggml"):
-        assert f"{peer} is left out: no {tmp_path}/peers" in done.stdout.replace("\n", "")
-
-
-@pytest.mark.skipif(not art_torch.info().cpu_targets.get("avx2"), reason="no AVX2 here")
-def test_bench_decode_held_to_avx2(tmp_path):
-    output = tmp_path / "decode.json"
-    arguments = ("--quick", "--avx2", "--cases", "S1024_H8/2_D128_f32", "--output", str(output))
-    done = run_script("bench_decode.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(output.read_text())["simd"] == "avx2"
-    assert "onnxruntime is left out: it chooses the instructions itself" in done.stdout
-
-
-def test_cpu_peers_are_right(cpu_peers):
-    """What is installed of them; a wrong output would end the benchmark."""
-    peers, reasons = cpu_peers.find_peers(avx2=False)
-    if not peers:
-        pytest.skip(f"no peer is installed: {reasons}")
-    from decode_implementations import check
-    from decode_inputs import Case, make_inputs
-
-    seen = set()
-    for dtype in ("f32", "bf16", "f16"):
-        for ragged in (False, True):
-            case = Case(2, 256, 4, 2, 64, dtype, 64, 1, ragged)
-            inputs = make_inputs(case)
-            for peer in peers.values():
-                implementations = peer(case, inputs)
-                check(case, inputs, implementations)
-                seen |= set(implementations)
-                for implementation in implementations.values():
-                    implementation.tolerance /= 1e6
-                if implementations:
-                    with pytest.raises(RuntimeError, match="must be within"):
-                        check(case, inputs, implementations)
-    assert len(seen) >= len(peers)
-
-
-def test_decode_goals(decode_report):
-    Case = decode_report.Case
-    goals = decode_report.GOALS
-    gqa = Case(1, 8192, 32, 8, 128, "bf16", 64, 1)
-    mha = Case(1, 8192, 32, 32, 128, "bf16", 1024, 2)
-    rows = [
-        {"impl": "art_dense", "us_min": 100.0, "bytes": 1000},
-        {"impl": "art_half", "us_min": 80.0, "bytes": 500},
-        {"impl": "read", "us_min": 50.0, "bytes": 1000},
-        {"impl": "vllm", "us_min": 250.0, "bytes": 1000},
-    ]
-    measured = {row["impl"]: row for row in rows}
-    assert goals["vllm"].figure(measured) == 2.5
-    assert goals["ort"].figure(measured) is None
-    assert goals["read"].figure(measured) == 0.5
-    assert goals["half"].figure(measured) == pytest.approx((80 - 25) / 50)
-    assert not goals["half"].met(goals["half"].figure(measured), 1.06)
-    assert goals["read"].limit(gqa, "avx512bf16") == 0.58
-    assert goals["read"].limit(mha, "avx512bf16") == 0.90
-    assert goals["ggml f16"].limit(mha, "amx") == 1.6
-    assert goals["vllm"].limit(mha, "amx") == 1.9
-    assert goals["vllm"].limit(gqa, "avx2") is None
-    assert goals["sdpa"].limit(gqa, "avx2") is None
 
 
 def test_bench_gpu_steps_runs(make_tables, tmp_path):
