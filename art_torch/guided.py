@@ -222,5 +222,6 @@ register(
     {
         torch.ops.art.encode_keys.default: _encode_keys_fake,
         torch.ops.art.guided_walk.default: _guided_walk_fake,
+        torch.ops.art._guided_walk_split.default: _guided_walk_fake,
     }
 )

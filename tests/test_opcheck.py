@@ -92,6 +92,8 @@ def test_opcheck_guided_walk(name, dtype, device):
     args, kwargs = guided_arguments(case, dtype, device)
     torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs)
     torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs | {"rest": True})
+    split = torch.ops.art._guided_walk_split.default
+    torch.library.opcheck(split, args, kwargs | {"rest": True, "num_splits": 3})
 
 
 def test_opcheck_encode_keys(device):

@@ -351,12 +351,13 @@ bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, b
   for (int32_t g = 0; g < params.group_size; ++g) {
     const float* incoming = step.values + g * row;
     float* values = running.values + g * row;
+    const SoftmaxState before = running.softmax[g];
     const FoldFactors factors = fold(running.softmax[g], step.softmax[g]);
     if (compare) {
       const int32_t head = item.kv_head * params.group_size + g;
       const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
       const IncrementWeights weights =
-          increment_weights(step.softmax[g], running.softmax[g], factors, sink);
+          increment_weights(before, step.softmax[g], running.softmax[g], factors, sink);
       IncrementMoments moments = moments_of(factors, weights, values, incoming, dim, 1.0f);
       if (!in_range(moments)) {
         const float scale = moment_scale(largest_of(factors, weights, values, incoming, dim));

@@ -10,6 +10,14 @@
   "int sliding_window=0, Tensor? alibi_slopes=None, Tensor? seq_starts=None, "                   \
   "bool batch_invariant=False, bool? checked=None, Tensor? log_rest=None, float residual_mass=0"
 
+#define ART_GUIDED_ARGUMENTS                                                     \
+  "Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, "        \
+  "Tensor key_codes, Tensor code_table, *, float? scale=None, float softcap=0, " \
+  "Tensor? attn_sinks=None, int sliding_window=0, Tensor? alibi_slopes=None, "   \
+  "Tensor? seq_starts=None, bool? checked=None, bool rest=False"
+#define ART_GUIDED_RESULTS \
+  "(Tensor walk, Tensor walk_lens, Tensor num_pinned, Tensor log_mass, Tensor log_rest)"
+
 STABLE_TORCH_LIBRARY(art, m) {
   m.def("decode_attention(" ART_DECODE_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("decode_attention.out(" ART_DECODE_ARGUMENTS
@@ -23,10 +31,7 @@ STABLE_TORCH_LIBRARY(art, m) {
   m.def(
       "encode_keys(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor(a!) key_codes, "
       "Tensor code_table, *, Tensor? coded_lens=None, bool? checked=None) -> ()");
-  m.def(
-      "guided_walk(Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor key_codes, Tensor code_table, *, float? scale=None, float softcap=0, "
-      "Tensor? attn_sinks=None, int sliding_window=0, Tensor? alibi_slopes=None, "
-      "Tensor? seq_starts=None, bool? checked=None, bool rest=False) -> "
-      "(Tensor walk, Tensor walk_lens, Tensor num_pinned, Tensor log_mass, Tensor log_rest)");
+  m.def("guided_walk(" ART_GUIDED_ARGUMENTS ") -> " ART_GUIDED_RESULTS);
+  // For tests: nothing may depend on the number of thread blocks that order the units of a walk.
+  m.def("_guided_walk_split(" ART_GUIDED_ARGUMENTS ", int num_splits) -> " ART_GUIDED_RESULTS);
 }

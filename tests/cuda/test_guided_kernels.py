@@ -128,6 +128,38 @@ def test_any_batch(shape, dtype, gpu):
             assert torch.equal(bits(a), bits(b[rows]))
 
 
+SPLITS = [
+    Large("B1_100k", (100_003,)),
+    Large("B1_4k", (4_000,), num_q_heads=12, num_kv_heads=4, head_dim=64),
+    Large("ragged", (16_000, 9_001, 0, 1, 63, 15_999), spare_pages=500),
+    Large("few", (100, 7), num_q_heads=8, num_kv_heads=2),
+    Large("64_heads", (20_000,), num_q_heads=64, num_kv_heads=1),
+    Large("70_heads", (20_000,), num_q_heads=70, num_kv_heads=1, head_dim=64),
+    Large("B1_600k", (600_001,), num_q_heads=4, num_kv_heads=1, head_dim=64),
+]
+
+
+@pytest.mark.parametrize("window", [0, 3333])
+@pytest.mark.parametrize("shape", SPLITS, **by_name)
+def test_any_number_of_thread_blocks(shape, window, gpu):
+    """An item's units are ordered by one thread block, or shared out over 2, 4 or 8 of them."""
+    inputs = shape.build(torch.bfloat16, gpu)
+    query, keys, _, table, lens = inputs.tensors
+    arguments = query, keys, table, lens, *encoded(inputs)
+    options = {"rest": True, "sliding_window": window}
+    if window:
+        options["attn_sinks"] = torch.linspace(-9, 9, query.shape[1], device=gpu)
+    split, different = torch.ops.art._guided_walk_split, []
+    expected = split(*arguments, **options, num_splits=1)
+    assert same_bits(torch.ops.art.guided_walk(*arguments, **options), expected)
+    for num_splits in (2, 3, 4, 8):
+        for run in range(5):
+            soil(gpu, (0xFF, 0x00, 0x7F)[run % 3])
+            if not same_bits(split(*arguments, **options, num_splits=num_splits), expected):
+                different.append((num_splits, run))
+    assert not different
+
+
 def select(inputs, rows):
     query, keys, values, *tables = inputs.tensors
     return Inputs((query[rows], keys, values, *(t[rows] for t in tables)), inputs.options)

@@ -316,10 +316,12 @@ class Block {
     pending_step_ = step;
 #pragma unroll
     for (int ht = 0; ht < kHeadTiles; ++ht) {
+      const SoftmaxState before = running_[ht];
       const FoldFactors factors = fold(running_[ht], step_[ht]);
       const int32_t g = 8 * ht + lane_ / 4;
       const float* sink = g < params_.group_size ? sink_of(params_, item_, g) : nullptr;
-      const IncrementWeights weights = increment_weights(step_[ht], running_[ht], factors, sink);
+      const IncrementWeights weights =
+          increment_weights(before, step_[ht], running_[ht], factors, sink);
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         fold_column(ht, column, factors, weights, compare, step);

@@ -94,12 +94,13 @@ class SoloConsumer {
       for (int column = 0; column < 2; ++column) {
         const int32_t g = head(ht, column);
         const SoftmaxState& incoming = partial.softmax[ht][column];
-        SoftmaxState state = before_.softmax[g];
+        const SoftmaxState before = before_.softmax[g];
+        SoftmaxState state = before;
         factors[column] = fold(state, incoming);
         if (lane_ < 4) after_.softmax[g] = state;
         if (!compares) continue;
         const float* sink = sink_of(params_, item_.kv_head, g);
-        weights[column] = increment_weights(incoming, state, factors[column], sink);
+        weights[column] = increment_weights(before, incoming, state, factors[column], sink);
       }
 #pragma unroll
       for (int i = 0; i < kDim / 16; ++i) {
