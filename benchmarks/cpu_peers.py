@@ -166,6 +166,7 @@ def ort_call(case: Case, query: Tensor, keys: Tensor, values: Tensor) -> Callabl
         for name, tensor in tensors.items():
             bind(name, "cpu", 0, tensor.numpy().dtype, list(tensor.shape), tensor.data_ptr())
 
+    # The binding knows only where the tensors are, so somebody has to hold them.
     def call(alive: Any = (given, results)) -> Tensor:
         session.run_with_iobinding(binding)
         return out

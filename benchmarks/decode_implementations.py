@@ -57,10 +57,13 @@ def art(case: Case, inputs: Inputs) -> dict[str, Implementation]:
             criterion=criterion,
         )
 
+    def output(criterion: art_torch.Stability | None) -> Tensor:
+        return call(criterion).out
+
     tolerance, whole = TOLERANCE[case.dtype], case.kv_bytes
     implementations = {
-        "art_dense": Implementation(lambda: call(None).out, whole, tolerance),
-        "art_never": Implementation(lambda: call(NEVER).out, whole, tolerance),
+        "art_dense": Implementation(partial(output, None), whole, tolerance),
+        "art_never": Implementation(partial(output, NEVER), whole, tolerance),
     }
     for name, fraction in FRACTIONS.items():
         if case.ragged or case.tokens < FEWEST_TOKENS:
@@ -71,7 +74,7 @@ def art(case: Case, inputs: Inputs) -> dict[str, Implementation]:
         if not (read == tokens).all():
             raise RuntimeError(f"{case.name}: expected {tokens} tokens read, got {read.tolist()}")
         implementations[name] = Implementation(
-            partial(call, criterion),
+            partial(output, criterion),
             whole * tokens // case.tokens,
             None,
             f"stops after exactly {tokens} of {case.tokens} tokens",
