@@ -32,8 +32,9 @@ BUILT := $(VENV)/.built
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 PEERS := $(VENV)/.peers
+CPU_PEERS := $(VENV)/.cpu-peers
 
-.PHONY: help build demo test lint cpu-check bench gpu-bench gpu-test gpu-sanitize wheel clean
+.PHONY: help build demo test lint cpu-check bench cpu-peers gpu-bench gpu-test gpu-sanitize wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -59,6 +60,7 @@ cpu-check: ## Check csrc/cpu without torch: sanitizers, valgrind, aarch64 (CPU_C
 
 bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of README.md (an hour)
 	$(PY) benchmarks/bench_decode.py
+	$(PY) benchmarks/bench_decode.py --avx2
 	$(PY) benchmarks/bench_guided_decode.py
 	$(PY) benchmarks/bench_memory.py
 	$(PY) benchmarks/bench_kvpress.py
@@ -66,6 +68,8 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 	$(PY) benchmarks/bench_walks.py
 	$(PY) benchmarks/make_tables.py
 	$(PY) benchmarks/make_tables.py --readme docs/kvpress.md
+
+cpu-peers: $(CPU_PEERS) ## Get what bench_decode.py compares with: vLLM's operator, ggml, ONNX Runtime
 
 gpu-bench: $(PEERS) ## Measure the CUDA operator beside its peers, renew README.md (GPU_BENCH_ARGS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/bench_gpu.py $(GPU_BENCH_ARGS)
@@ -121,4 +125,10 @@ $(DEV): $(DEMO)
 $(PEERS): $(DEV)
 	@[ -e $@ ] || \
 	{ echo "Installing FlashInfer (minutes)"; $(PIP) $(QUIET) 'flashinfer-python>=0.7' ninja; }
+	@touch $@
+
+# They stay in the cache folder of the examples' models, for which see examples/models.py.
+$(CPU_PEERS): $(DEV) benchmarks/get_cpu_peers.py
+	@$(PIP) $(QUIET) 'onnx>=1.17' 'onnxruntime>=1.32' cmake
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/get_cpu_peers.py
 	@touch $@
