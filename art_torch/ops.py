@@ -144,7 +144,8 @@ def decode_attention(
         alibi_slopes=as_float32(alibi_slopes),
         seq_starts=seq_starts,
     )
-    if isinstance(walk, str) and walk == "guided":
+    is_guided = isinstance(walk, str) and walk == "guided"
+    if is_guided:
         codes = guided_codes(key_codes, code_table, walk_lens, num_pinned, log_rest, unit_size)
         rest = rules.residual_mass is not None
         walk, walk_lens, num_pinned, _, log_rest = guided_walk(
@@ -168,7 +169,7 @@ def decode_attention(
         checked=checked,
         **criterion_arguments(rules, key_cache),
         **rest_arguments(rules, walk, log_rest),
-        **walk_arguments(walk, num_pinned),
+        **walk_arguments(walk, num_pinned, is_guided),
     )
     if out is None:
         return DecodeResult(*call(torch.ops.art.decode_attention.default, *tensors, **arguments))

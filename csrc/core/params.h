@@ -55,6 +55,7 @@ struct DecodeParams {
   const int32_t* walk;          // [batch, num_kv_heads, max_units], for kExplicit
   const int32_t* walk_lens;     // [batch, num_kv_heads], for kExplicit
   int32_t max_units;            // row length of walk
+  bool walk_is_visible;         // all units of walk have a visible token: none has to be dropped
   const int32_t* pinned_units;  // [batch, num_kv_heads], or null: num_pinned for all
   int32_t num_pinned;
   int32_t unit_size;   // tokens

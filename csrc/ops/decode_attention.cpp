@@ -60,6 +60,7 @@ void set_walk(DecodeParams& params, const DecodeArguments& args) {
   if (args.walk) {
     check_rank(kOp, "walk", *args.walk, 3, "[batch, num_kv_heads, max_units]");
     params.max_units = args.walk->size(2);
+    params.walk_is_visible = args.walk_order == "guided";
   }
   params.walk = optional_ints(kOp, "walk", args.walk, "[batch, num_kv_heads, max_units]",
                               {batch, heads, params.max_units}, args.query);

@@ -1,6 +1,8 @@
 // The schemas of torch.ops.art, and nothing else. Arguments are only ever appended.
 #include <torch/csrc/stable/library.h>
 
+// `walk` with walk_order "guided" is one that guided_walk made for the same lengths and window: on
+// a GPU its units are read as they are listed, without a look at whether they have visible tokens.
 #define ART_DECODE_ARGUMENTS                                                                     \
   "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, *, " \
   "float? scale=None, int criterion=0, float d_scale=0, float d_direction=0, int patience=1, "   \

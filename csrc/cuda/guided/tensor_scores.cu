@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
+#include "cuda/early_start.h"
 #include "cuda/sizes.h"
 
 namespace art::cuda::guided {
@@ -97,6 +98,7 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
   constexpr int kHeads = kLaneHeads<kPacked>, kRows = kHeads * kGroupUnits;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float factors[kMaxTiles * kTileHeads];
+  let_next_kernel_start();
   const int32_t block = static_cast<int32_t>(blockIdx.x) % (split.blocks + 1) - 1;
   const Target target(guided, static_cast<int32_t>(blockIdx.x) / (split.blocks + 1));
   // What everybody waits for is asked for first.
