@@ -114,12 +114,12 @@ ART_HD int32_t order_crew_log2(int64_t num_items, int64_t max_units,
 }
 
 // Warps of each of these thread blocks. As many as find a vector of eight units for every lane, for
-// the passes are short chains of loads; fewer, if that lets all thread blocks run at once: with 64
-// registers a thread, 32 warps fit on a multiprocessor.
+// the passes are short chains of loads. But all warps run through the same thousand instructions,
+// whatever they find: sixteen warps keep a multiprocessor busy, and more of them only add to that.
 ART_HD int32_t order_warps(int64_t num_blocks, int64_t block_units, int64_t group_size,
                            int64_t multiprocessors) {
   int32_t warps = 16;
-  while (warps > 4 && (num_blocks * warps > 32 * multiprocessors ||
+  while (warps > 2 && (num_blocks * warps > 16 * multiprocessors ||
                        block_units * group_size <= 32 * 8 * warps / 2)) {
     warps /= 2;
   }
