@@ -257,7 +257,9 @@ def _check_compilable(
         raise RuntimeError("measure_mass=True cannot be compiled: it is for analysis")
     if not layer.table.static_len:
         raise RuntimeError(
-            "to compile a decode step, call cache.preallocate(max_length) after the prompt has run"
+            "a prompt on an ARTCache cannot be compiled: run it through the model as it is, then "
+            "call cache.preallocate(max_length) and compile steps of one token, or let generate() "
+            "compile them (ARTCache(config, max_length=...), disable_compile=False)"
         )
     if reason is not None or mask is not None:
         raise RuntimeError(_ONLY_STEPS)
