@@ -43,6 +43,13 @@ logger = logging.getLogger("art_torch")
 _NOT_COVERED = ("position_bias", "cache", "output_attentions")
 
 
+_ONLY_STEPS = (
+    "a step on a preallocated ARTCache takes one token per row, position_ids and no attention mask "
+    "(pads are not stored), under torch.no_grad(), in eval mode and without output_attentions: "
+    "crop(0) goes back to a cache that takes all of that"
+)
+
+
 @dataclass
 class LayerSettings:
     """How one attention module of a patched model decodes.
@@ -182,6 +189,8 @@ def art_attention(
         _check_compilable(settings, layer, reason, attention_mask)
     elif reason is None and attention_mask is not None:
         reason = _why_not_this_mask(info_of(attention_mask), layer)
+    if reason is not None and layer.table.static_len:
+        raise RuntimeError(_ONLY_STEPS)
     if reason is not None:
         _note(settings, reason)
         if layer.is_evicted:
@@ -248,13 +257,12 @@ def _check_compilable(
         raise RuntimeError("measure_mass=True cannot be compiled: it is for analysis")
     if not layer.table.static_len:
         raise RuntimeError(
-            "to compile a decode step, call cache.preallocate(max_length) after the prompt has run"
+            "a prompt on an ARTCache cannot be compiled: run it through the model as it is, then "
+            "call cache.preallocate(max_length) and compile steps of one token, or let generate() "
+            "compile them (ARTCache(config, max_length=...), disable_compile=False)"
         )
     if reason is not None or mask is not None:
-        raise RuntimeError(
-            "a compiled step on a preallocated ARTCache takes one token per row, position_ids and "
-            "no attention mask (pads are not stored), under torch.no_grad() and in eval mode"
-        )
+        raise RuntimeError(_ONLY_STEPS)
 
 
 # ---------------------------------------------------------------- decode steps
