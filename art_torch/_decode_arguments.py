@@ -93,9 +93,14 @@ def rest_arguments(rules: Rules, walk: str | Tensor, log_rest: Tensor | None) ->
     return {"log_rest": as_float32(log_rest)}
 
 
-def walk_arguments(walk: str | Tensor, num_pinned: int | Tensor | None) -> dict[str, Any]:
-    """Returns the arguments that say what is read, and what before any decision."""
-    arguments: dict[str, Any] = {}
+def walk_arguments(
+    walk: str | Tensor, num_pinned: int | Tensor | None, is_guided: bool = False
+) -> dict[str, Any]:
+    """Returns the arguments that say what is read, and what before any decision.
+
+    ``is_guided``: ``guided_walk`` made this walk for this very call, so all of it is visible.
+    """
+    arguments: dict[str, Any] = {"walk_order": "guided"} if is_guided else {}
     if isinstance(walk, Tensor):
         arguments["walk"] = walk
     elif isinstance(walk, str):

@@ -13,7 +13,7 @@ from art_torch.ops import DecodeResult, decode_attention
 __all__ = ["MassRead", "MassSums", "mass_read"]
 
 _GUIDED_ARGUMENTS = ("query", "key_cache", "block_table", "seq_lens", "key_codes", "code_table")
-_LOGIT_ARGUMENTS = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts")
+_LOGIT_ARGUMENTS = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts", "key_scale")
 
 
 class MassRead(NamedTuple):

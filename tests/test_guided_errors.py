@@ -190,6 +190,24 @@ def test_decode_attention_with_a_guided_walk():
         attend(block_size=40)
 
 
+def test_a_guided_walk_of_other_lengths():
+    """The bare operator: units without a visible token are dropped, except from a guided walk."""
+    given = {**query(), **cache()}
+    walk = guided_walk(**given)
+    given["seq_lens"] = int32(140, 17)
+    del given["key_codes"], given["code_table"]
+    given |= {"value_cache": given["key_cache"], "walk": walk.walk, "walk_lens": walk.walk_lens}
+    attended = torch.ops.art.decode_attention
+    assert attended(**given)[2].tolist() == [[140, 140], [17, 17]]
+    with pytest.raises(
+        RuntimeError, match=r"'guided' must list units with a visible.*got 2 at pos"
+    ):
+        attended(**given, walk_order="guided")
+    given["seq_lens"] = cache()["seq_lens"]
+    expected, result = attended(**given), attended(**given, walk_order="guided")
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 def test_no_gradients():
     given = {**query(), **cache()}
     given["query"].requires_grad_()

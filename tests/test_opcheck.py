@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LOOSE, Case, build
+from cases import CACHE_DTYPES, CASES, LOOSE, Case, build
 from coded import LOGIT_OPTIONS, call_guided, guided_inputs, with_codes
 from rests import bare_arguments as arguments_of
 
@@ -34,7 +34,7 @@ def bare_arguments(inputs, **more):
     return inputs.tensors, options | limits | more
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=lambda case: case.name)
 def test_opcheck_decode_attention(case, dtype, device):
     args, kwargs = bare_arguments(build(case, dtype, device))
@@ -85,13 +85,15 @@ def guided_arguments(case, dtype, device):
     return (query, keys, table, lens, *with_codes(inputs)), options
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("name", ["everything", "per_head_lens", "layout_dense", "layout_hnd"])
 def test_opcheck_guided_walk(name, dtype, device):
     (case,) = (case for case in CASES if case.name == name)
     args, kwargs = guided_arguments(case, dtype, device)
     torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs)
     torch.library.opcheck(torch.ops.art.guided_walk.default, args, kwargs | {"rest": True})
+    split = torch.ops.art._guided_walk_split.default
+    torch.library.opcheck(split, args, kwargs | {"rest": True, "num_splits": 3})
 
 
 def test_opcheck_encode_keys(device):

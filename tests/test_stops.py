@@ -96,6 +96,9 @@ ADVERSARIES = {
     "falling": lambda: (ramp(0, -60), settled()),
     "falling_slowly": lambda: (ramp(0, -25), settled()),
     "rising": lambda: (ramp(-60, 0), settled()),
+    "outweighs_all_before": lambda: (with_rows(flat, MIDDLE, 14.0), settled()),
+    "outweighs_all_by_far": lambda: (with_rows(flat, MIDDLE, 17.0), settled()),
+    "leaps": lambda: (torch.arange(LENGTH) // 64 * 13.0 + flat, settled()),
     "beyond_float32_exp": lambda: (ramp(150, -150), settled()),
 }
 CRITERIA = [
@@ -158,6 +161,22 @@ def test_nothing_changes_nothing_is_read_on(value, patience, dtype, device):
         assert result.stop_block.item() == patience
         assert result.tokens_read.item() == start + 64 * patience
         assert (result.out == value).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+def test_a_block_that_outweighs_all_before(dtype, device):
+    """Its share is within float32's rounding of 1, and what is left of the rest still counts."""
+    values = with_rows(torch.ones(192, DIM), slice(64, 128), 3.0)
+    for logit in range(10, 21):
+        logits = with_rows(torch.zeros(192), slice(64, 128), float(logit))
+        inputs = from_logits(logits, values, dtype, device, "oldest_first")
+        inputs.tensors[0][:] = inputs.tensors[0][:, :1]  # all heads see the same
+        change = 2 * math.exp(logit) / (1 + math.exp(logit))
+        for threshold, stop in ((change * 0.999, 2), (change * 1.001, 1)):
+            criterion = Stability(threshold, 0.1, 1)
+            result = inputs.call(decode_attention, criterion=criterion)
+            assert result.stop_block.item() == stop, (logit, threshold)
+            check(inputs, criterion, result)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,14 @@ ART_HD int32_t num_pinned_of(const DecodeParams& params, int32_t index) {
   return pinned < 0 ? 0 : pinned;
 }
 
+// An explicit walk of which nothing is dropped.
+ART_HD Walk walk_in_place(const DecodeParams& params, int64_t index, int32_t num_pinned) {
+  const int32_t listed = params.walk_lens[index];
+  const int32_t len = listed < 0 ? 0 : (listed < params.max_units ? listed : params.max_units);
+  const int32_t pinned = num_pinned < len ? num_pinned : len;
+  return {WalkOrder::kExplicit, 0, len, 0, pinned, params.walk + index * params.max_units};
+}
+
 ART_HD const int32_t* block_table_of(const DecodeParams& params, int32_t batch, int32_t head) {
   return params.block_table + batch * params.block_table_batch_stride +
          head * params.block_table_head_stride;

@@ -98,6 +98,34 @@ ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, int64_t
   return 0;
 }
 
+// Thread blocks, as a power of two, of a cluster that orders the units of one guided walk. Ordering
+// is a chain of short passes that wait for one another: twice as many thread blocks halve each
+// pass, and cost a message to the farthest of them between two of them. A thread block of fewer
+// than 512 units would have lanes without any; and all clusters should run at once, for one that
+// begins when another has ended takes as long again. `max_clusters`: of 2, 4 and 8 that the device
+// holds.
+ART_HD int32_t order_crew_log2(int64_t num_items, int64_t max_units,
+                               const int32_t (&max_clusters)[3]) {
+  constexpr int64_t kLeastUnits = 512;
+  for (int32_t log2 = 3; log2 > 0; --log2) {
+    if (max_units >= kLeastUnits << log2 && num_items <= max_clusters[log2 - 1]) return log2;
+  }
+  return 0;
+}
+
+// Warps of each of these thread blocks. As many as find a vector of eight units for every lane, for
+// the passes are short chains of loads. But all warps run through the same thousand instructions,
+// whatever they find: sixteen warps keep a multiprocessor busy, and more of them only add to that.
+ART_HD int32_t order_warps(int64_t num_blocks, int64_t block_units, int64_t group_size,
+                           int64_t multiprocessors) {
+  int32_t warps = 16;
+  while (warps > 2 && (num_blocks * warps > 16 * multiprocessors ||
+                       block_units * group_size <= 32 * 8 * warps / 2)) {
+    warps /= 2;
+  }
+  return warps;
+}
+
 constexpr int32_t kMaxBatchLog2 = 3;
 constexpr int32_t kMaxRingLog2 = 3;
 

@@ -22,18 +22,22 @@ struct IncrementWeights {
   float share;  // 1 - keep: the block's share of the softmax mass
 };
 
-// `block`: softmax mass of the block, against the maximum of `after`.
-ART_HD IncrementWeights increment_weights(float block, const SoftmaxState& after,
+// `earlier`, `block`: softmax mass before the block and of it, against the maximum of `after`.
+// The total without the block would be wrong for a block that outweighs all before it by far: their
+// difference has few digits of what was there, or none.
+ART_HD IncrementWeights increment_weights(float earlier, float block, const SoftmaxState& after,
                                           const float* sink_logit) {
-  const float total = after.sum + sink_mass(after, sink_logit);
+  const float sink = sink_mass(after, sink_logit), total = after.sum + sink;
   // A sink far above every logit overflows the total: the block's share is then nothing.
   if (total == INFINITY) return {1.0f, 0.0f};
-  return {(total - block) / total, block / total};
+  return {(earlier + sink) / total, block / total};
 }
 
-ART_HD IncrementWeights increment_weights(const SoftmaxState& incoming, const SoftmaxState& after,
-                                          const FoldFactors& factors, const float* sink_logit) {
-  return increment_weights(incoming.sum * factors.incoming, after, sink_logit);
+ART_HD IncrementWeights increment_weights(const SoftmaxState& before, const SoftmaxState& incoming,
+                                          const SoftmaxState& after, const FoldFactors& factors,
+                                          const float* sink_logit) {
+  return increment_weights(before.sum * factors.running, incoming.sum * factors.incoming, after,
+                           sink_logit);
 }
 
 // Inner products of the output a and its change d.

@@ -49,29 +49,43 @@ ART_HD uint64_t mass_below(uint32_t below) {
   return below >= 32 * 64 ? 0 : power_of_fraction(below % 64) >> below / 64;
 }
 
-// 64 * log2(mass / 2^31), rounded; mass > 0.
-ART_HD int32_t steps_of_mass(uint64_t mass) {
-  const int32_t exponent = highest_bit(mass);
-  const uint64_t leading = exponent < 31 ? mass << (31 - exponent) : mass >> (exponent - 31);
-  // To the nearest step: half a step more, and then down to a whole one.
-  constexpr uint64_t kHalfStep = 0x80b1ed50;  // 2^31 * 2^(1/128)
-  const uint64_t scaled = leading * kHalfStep >> 31;
-  // How many of the powers 2^(1/64) to 2^1 it reaches: seven comparisons, for they ascend.
-  int32_t fraction = 0;
-  for (int32_t more = 64; more > 0; more /= 2) {
-    const int32_t next = fraction + more;
-    if (next <= 64 && scaled >= 2 * uint64_t{power_of_fraction(64 - next)}) fraction = next;
+// 64 * log2(mass / 2^31), rounded, is 64 * (exponent - 31) and the number of powers that are
+// reached: 2^(1/64) to 2^1. Here is a mass > 0 with half a step more, from where it is rounded
+// down.
+struct ScaledMass {
+  int32_t exponent;
+  uint64_t scaled;
+
+  ART_HD explicit ScaledMass(uint64_t mass) : exponent(highest_bit(mass)) {
+    const uint64_t leading = exponent < 31 ? mass << (31 - exponent) : mass >> (exponent - 31);
+    constexpr uint64_t kHalfStep = 0x80b1ed50;  // 2^31 * 2^(1/128)
+    scaled = leading * kHalfStep >> 31;
   }
-  return 64 * (exponent - 31) + fraction;
+  // `power`: of the fraction that a power lacks to 2^1.
+  ART_HD bool reaches(uint32_t power) const { return scaled >= 2 * uint64_t{power}; }
+  ART_HD int32_t steps(int32_t reached) const { return 64 * (exponent - 31) + reached; }
+};
+
+// In seven comparisons, for the powers ascend.
+ART_HD int32_t steps_of_mass(uint64_t mass) {
+  const ScaledMass scaled(mass);
+  int32_t reached = 0;
+  for (int32_t more = 64; more > 0; more /= 2) {
+    const int32_t next = reached + more;
+    if (next <= 64 && scaled.reaches(power_of_fraction(64 - next))) reached = next;
+  }
+  return scaled.steps(reached);
 }
 
 // The same as a natural logarithm, of the mass after an entry of a walk. `largest`: steps of the
 // head's largest unit, to which masses are relative. At the limit of int16 that is only a lower
-// bound, and so would this be: then nobody shall trust it.
-ART_HD float log_of_rest(uint64_t mass, int32_t largest) {
+// bound, and so would this be: then nobody shall trust it. `steps_of`: steps_of_mass(), or what
+// gives the same.
+template <class StepsOf>
+ART_HD float log_of_rest(uint64_t mass, int32_t largest, const StepsOf& steps_of) {
   if (mass == 0) return -INFINITY;
   if (largest == kMostSteps) return INFINITY;
-  return static_cast<float>(largest + steps_of_mass(mass)) * kNatsPerStep;
+  return static_cast<float>(largest + steps_of(mass)) * kNatsPerStep;
 }
 
 ART_HD int32_t bucket_of(int32_t score, int32_t best) {

@@ -13,6 +13,7 @@ struct Tile {
   int32_t num_tokens = 0;
   const T* next_keys[kTileTokens];  // of the tile after it, as far as known
   int32_t num_next_keys = 0;
+  TileScales<T> scales;
 
   // Whole vectors of rows are computed; the repeated rows get no weight.
   void pad() {
@@ -20,6 +21,7 @@ struct Tile {
       keys[i] = keys[num_tokens - 1];
       values[i] = values[num_tokens - 1];
     }
+    scales.pad(num_tokens);
   }
 };
 
@@ -47,21 +49,44 @@ struct Dot {
     return sum + keys * load(query);
   }
 };
-template <class T>
-void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) {
+template <class T, class Query>
+void load_query_as(const DecodeParams& params, const Item& item, Scratch& scratch) {
   const int32_t row = padded(params.head_dim);
   const int32_t rows = round_up(params.group_size, kHeadsPerPass);
   __builtin_memset(scratch.query, 0, sizeof(float) * rows * row);
   for (int32_t g = 0; g < params.group_size; ++g) {
     const int64_t head = int64_t{item.kv_head} * params.group_size + g;
-    const T* from = static_cast<const T*>(params.query) + item.batch * params.query_batch_stride +
-                    head * params.query_head_stride;
+    const Query* from = static_cast<const Query*>(params.query) +
+                        item.batch * params.query_batch_stride + head * params.query_head_stride;
     for (int32_t d = 0; d < params.head_dim; d += 8) {
       const auto eight = load_n<8>(from + d) * params.scale;
       __builtin_memcpy(scratch.query + g * row + d, &eight, sizeof(eight));
     }
-    Dot<T>::load_query(params, from, g, scratch);
+    if constexpr (__is_same(T, Query)) Dot<T>::load_query(params, from, g, scratch);
   }
+}
+
+// Calls run(Query()) with the type of query and out of a cache of T.
+template <class T, class Run>
+ART_INLINE void with_query_type(const DecodeParams& params, const Run& run) {
+  if constexpr (__is_same(T, int8_t)) {
+    switch (params.query_dtype) {
+      case DType::kFloat32:
+        return run(float());
+      case DType::kFloat16:
+        return run(Float16());
+      default:
+        return run(BFloat16());
+    }
+  } else {
+    run(T());
+  }
+}
+
+template <class T>
+void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) {
+  with_query_type<T>(params,
+                     [&](auto query) { load_query_as<T, decltype(query)>(params, item, scratch); });
 }
 
 // Keys whose token dimension is contiguous become rows: correct, not fast.
@@ -241,8 +266,10 @@ void compute_tile(const DecodeParams& params, const Item& item, Tile<T>& tile, S
   score_tile(params, tile, scratch);
   for (int32_t g = 0; g < params.group_size; ++g) {
     float* scores = scratch.scores + g * kScoreStride;
+    tile.scales.multiply_logits(tile.num_tokens, scores);
     adjust_scores(params, item, tile.positions, tile.num_tokens, g, scores);
     result.softmax[g] = exponentiate(scores, tile.num_tokens);
+    tile.scales.multiply_probabilities(tile.num_tokens, scores);
   }
   weigh_tile(params, tile, scratch.scores, result.values);
   *result.num_tokens = tile.num_tokens;
@@ -265,7 +292,7 @@ void fold_tile(const DecodeParams& params, const Accumulator& tile, Accumulator 
   *step.num_tokens += *tile.num_tokens;
 }
 
-// Calls visit(token, key row, value row) for the visible tokens of a step, in walk order.
+// Calls visit(token, key row, value row, scales) for the visible tokens of a step, in walk order.
 template <class T, class Visit>
 ART_INLINE void for_each_token(const DecodeParams& params, const Item& item, int32_t step,
                                const Visit& visit) {
@@ -280,8 +307,10 @@ ART_INLINE void for_each_token(const DecodeParams& params, const Item& item, int
     const int64_t offset = tokens.begin - int64_t{slot} * params.page_size;
     const T* key = keys + page * params.key.page_stride + offset * params.key.token_stride;
     const T* value = values + page * params.value.page_stride + offset * params.value.token_stride;
+    typename TileScales<T>::Cursor scales(params, page, offset, item.kv_head);
     for (int32_t token = tokens.begin; token < tokens.end; ++token) {
-      visit(token, key, value);
+      visit(token, key, value, scales);
+      scales.advance();
       key += params.key.token_stride;
       value += params.value.token_stride;
     }
@@ -299,16 +328,22 @@ void compute_step(const DecodeParams& params, const Item& item, int32_t step, Sc
     first_tile = false;
     tile.num_tokens = 0;
   };
-  for_each_token<T>(params, item, step, [&](int32_t token, const T* key, const T* value) {
-    if (tile.num_tokens == kTileTokens) flush();
-    tile.keys[tile.num_tokens] = key;
-    tile.values[tile.num_tokens] = value;
-    tile.positions[tile.num_tokens++] = token;
-  });
+  using Scales = typename TileScales<T>::Cursor;
+  for_each_token<T>(params, item, step,
+                    [&](int32_t token, const T* key, const T* value, const Scales& scales) {
+                      if (tile.num_tokens == kTileTokens) flush();
+                      tile.scales.set(tile.num_tokens, scales);
+                      tile.keys[tile.num_tokens] = key;
+                      tile.values[tile.num_tokens] = value;
+                      tile.positions[tile.num_tokens++] = token;
+                    });
   if (step + 1 < item.steps.num_steps && params.key.dim_stride == 1) {
-    for_each_token<T>(params, item, step + 1, [&](int32_t, const T* key, const T*) {
-      if (tile.num_next_keys < kTileTokens) tile.next_keys[tile.num_next_keys++] = key;
-    });
+    for_each_token<T>(params, item, step + 1,
+                      [&](int32_t, const T* key, const T*, const Scales& scales) {
+                        scales.prefetch();
+                        if (tile.num_next_keys < kTileTokens)
+                          tile.next_keys[tile.num_next_keys++] = key;
+                      });
   }
   flush();
 }
@@ -351,12 +386,13 @@ bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, b
   for (int32_t g = 0; g < params.group_size; ++g) {
     const float* incoming = step.values + g * row;
     float* values = running.values + g * row;
+    const SoftmaxState before = running.softmax[g];
     const FoldFactors factors = fold(running.softmax[g], step.softmax[g]);
     if (compare) {
       const int32_t head = item.kv_head * params.group_size + g;
       const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
       const IncrementWeights weights =
-          increment_weights(step.softmax[g], running.softmax[g], factors, sink);
+          increment_weights(before, step.softmax[g], running.softmax[g], factors, sink);
       IncrementMoments moments = moments_of(factors, weights, values, incoming, dim, 1.0f);
       if (!in_range(moments)) {
         const float scale = moment_scale(largest_of(factors, weights, values, incoming, dim));
@@ -370,8 +406,8 @@ bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, b
   return stable;
 }
 
-template <class T>
-void write_output(const DecodeParams& params, const Item& item, Accumulator running) {
+template <class Out>
+void write_output_as(const DecodeParams& params, const Item& item, Accumulator running) {
   const int32_t row = padded(params.value_dim);
   for (int32_t g = 0; g < params.group_size; ++g) {
     const int64_t head = int64_t{item.kv_head} * params.group_size + g;
@@ -379,7 +415,7 @@ void write_output(const DecodeParams& params, const Item& item, Accumulator runn
     const SoftmaxState& state = running.softmax[g];
     const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
     const float denominator = state.sum + sink_mass(state, sink);
-    T* out = static_cast<T*>(params.out) + index * params.value_dim;
+    Out* out = static_cast<Out*>(params.out) + index * params.value_dim;
     for (int32_t d = 0; d < params.value_dim; ++d) {
       // Nothing read leaves 0 / 0, which is defined as zero.
       const float value = state.sum == 0.0f ? 0.0f : running.values[g * row + d] / denominator;
@@ -387,6 +423,12 @@ void write_output(const DecodeParams& params, const Item& item, Accumulator runn
     }
     params.lse[index] = log_sum_exp(state);
   }
+}
+
+template <class T>
+void write_output(const DecodeParams& params, const Item& item, Accumulator running) {
+  with_query_type<T>(params,
+                     [&](auto out) { write_output_as<decltype(out)>(params, item, running); });
 }
 
 }  // namespace

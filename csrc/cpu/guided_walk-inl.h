@@ -13,6 +13,7 @@ void score_tail(const DecodeParams& params, const Item& item, int32_t origin, Sc
     const int64_t page = item.block_table[token / params.page_size];
     const int64_t offset = token % params.page_size;
     const T* key = keys + page * params.key.page_stride + offset * params.key.token_stride;
+    tile.scales.set_key(tile.num_tokens, {params, page, offset, item.kv_head});
     tile.keys[tile.num_tokens] = tile.values[tile.num_tokens] = key;
     tile.positions[tile.num_tokens++] = token;
   }
@@ -21,6 +22,7 @@ void score_tail(const DecodeParams& params, const Item& item, int32_t origin, Sc
   score_tile(params, tile, scratch);
   for (int32_t g = 0; g < params.group_size; ++g) {
     float* scores = scratch.scores + g * kScoreStride;
+    tile.scales.multiply_logits(tile.num_tokens, scores);
     __builtin_memmove(scores + (begin - origin), scores, sizeof(float) * tile.num_tokens);
   }
 }

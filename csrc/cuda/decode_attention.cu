@@ -18,8 +18,7 @@ namespace {
 
 // Room for the units that `lists` explicit walks keep.
 int32_t* take_units(const DecodeParams& params, size_t lists, Arena& arena) {
-  const bool is_listed = params.walk_order == WalkOrder::kExplicit;
-  return arena.take<int32_t>(is_listed ? lists * params.max_units : 0);
+  return arena.take<int32_t>(drops_units(params) ? lists * params.max_units : 0);
 }
 
 // And for where these were in the walks, which only ResidualMass asks.

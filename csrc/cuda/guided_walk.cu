@@ -17,7 +17,7 @@ guided::Workspace lay_out(const GuidedParams& params, Arena& arena) {
   space.unit_stride = (params.max_units + kVector - 1) / kVector * kVector;
   space.unit_lse = arena.take<int16_t>(items * params.attention.group_size * space.unit_stride);
   if (!guided::orders_in_shared_memory(params)) {
-    space.order = arena.take<int32_t>(items * 2 * params.max_units);
+    space.order = arena.take<int32_t>(items * 2 * space.unit_stride);
   }
   return space;
 }
@@ -30,14 +30,15 @@ size_t guided_workspace_bytes(const GuidedParams& params) {
   return arena.used();
 }
 
-cudaError_t launch_guided(const GuidedParams& params, void* workspace, cudaStream_t stream) {
+cudaError_t launch_guided(const GuidedParams& params, int64_t num_splits, void* workspace,
+                          cudaStream_t stream) {
   if (params.attention.batch == 0) return cudaSuccess;
   Arena arena(workspace);
   const guided::Workspace space = lay_out(params, arena);
   const bool on_tensors = newest_kernels() >= 80 && guided::can_use_tensors(params);
   const cudaError_t error = on_tensors ? guided::score_tensors(params, space, stream)
                                        : guided::score_plain(params, space, stream);
-  return error == cudaSuccess ? guided::order_units(params, space, stream) : error;
+  return error == cudaSuccess ? guided::order_units(params, space, num_splits, stream) : error;
 }
 
 }  // namespace art::cuda

@@ -14,7 +14,9 @@ size_t guided_workspace_bytes(const GuidedParams& params);
 
 // Orders the units of all sequences, in two kernels. All pointers are device pointers; the
 // workspace (256-byte aligned) needs no initialisation and may be reused as soon as the stream has
-// passed. Pages and records whose ids are out of range are not read.
-cudaError_t launch_guided(const GuidedParams& params, void* workspace, cudaStream_t stream);
+// passed. Pages and records whose ids are out of range are not read. num_splits: thread blocks that
+// order the units of one (sequence, KV head); 0 leaves it to the schedule. It changes no bit.
+cudaError_t launch_guided(const GuidedParams& params, int64_t num_splits, void* workspace,
+                          cudaStream_t stream);
 
 }  // namespace art::cuda

@@ -1,6 +1,7 @@
 #include "cuda/listed_walks.h"
 
 #include "core/item.h"
+#include "cuda/early_start.h"
 #include "cuda/rows.cuh"
 
 namespace art::cuda {
@@ -10,6 +11,7 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ DecodeParams params,
                                                         const __grid_constant__ ListedWalks walks) {
+  let_next_kernel_start();
   const int32_t index = blockIdx.x;
   const int64_t first = int64_t{index} * params.max_units;
   const KeptUnits kept = {walks.kept + first,

@@ -54,20 +54,18 @@ struct KeptUnits {
 template <int kThreads>
 __device__ Walk visible_walk(const DecodeParams& params, int64_t index, TokenRange visible,
                              const KeptUnits& kept) {
-  const int32_t* units = params.walk + index * params.max_units;
-  const int32_t listed = params.walk_lens[index];
-  const int32_t len = listed < 0 ? 0 : (listed < params.max_units ? listed : params.max_units);
-  const int32_t pinned = num_pinned_of(params, index);
-  const int32_t unit_size = params.unit_size;
+  const int32_t pinned = num_pinned_of(params, index), unit_size = params.unit_size;
+  const Walk whole = walk_in_place(params, index, pinned);
+  if (params.walk_is_visible) return whole;
+  const int32_t* units = whole.units;
+  const int32_t len = whole.num_units;
   __shared__ Walk walk;
   bool all_visible = true;
 #pragma unroll 4
   for (int32_t i = threadIdx.x; i < len; i += kThreads) {  // no load waits for the one before it
     all_visible &= unit_tokens(units[i], unit_size, visible).size() > 0;
   }
-  if (__syncthreads_and(all_visible)) {
-    return {WalkOrder::kExplicit, 0, len, 0, pinned < len ? pinned : len, units};
-  }
+  if (__syncthreads_and(all_visible)) return whole;
   if (threadIdx.x < 32) {
     const uint32_t lane = threadIdx.x, below = (1u << lane) - 1;
     int32_t count = 0, kept_pinned = 0;

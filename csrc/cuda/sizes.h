@@ -21,6 +21,11 @@ inline int64_t max_steps(const DecodeParams& params) {
   return units / (params.block_size / params.unit_size) + 2;
 }
 
+// Whether units may have to be dropped from an explicit walk.
+inline bool drops_units(const DecodeParams& params) {
+  return params.walk_order == WalkOrder::kExplicit && !params.walk_is_visible;
+}
+
 // A number for the kernel of a 16-bit dtype, head size (a multiple of 32, at most 256) and number
 // of head tiles (of 8 query heads: one or two).
 inline int kernel_number(const DecodeParams& params) {

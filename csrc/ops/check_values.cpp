@@ -2,6 +2,7 @@
 // memory, or attend to the wrong tokens without a word.
 #include <vector>
 
+#include "core/item.h"
 #include "ops/check.h"
 #include "ops/check_cache.h"
 #include "ops/decode_attention.h"
@@ -18,11 +19,16 @@ void check_walk(const DecodeParams& params, int64_t index, bool duplicates) {
   const int64_t capacity = int64_t{params.max_pages} * params.page_size;
   const int64_t num_units = (capacity + params.unit_size - 1) / params.unit_size;
   const int32_t* units = params.walk + index * params.max_units;
+  const TokenRange visible = visible_of(params, index);
   std::vector<bool> seen(duplicates ? num_units : 0);
   for (int32_t i = 0; i < len; ++i) {
     ART_CHECK(units[i] >= 0 && units[i] < num_units, kOp,
               ": walk entries are unit numbers (token / unit_size), from 0 to ", num_units - 1,
               ", got ", units[i]);
+    ART_CHECK(
+        !params.walk_is_visible || unit_tokens(units[i], params.unit_size, visible).size() > 0, kOp,
+        ": a walk of walk_order 'guided' must list units with a visible token, got ", units[i],
+        " at position ", i, " where tokens ", visible.begin, " to ", visible.end, " are visible");
     if (!duplicates) continue;
     ART_CHECK(!seen[units[i]], kOp, ": walk must not list a unit twice, got ", units[i],
               " again at position ", i);

@@ -29,6 +29,7 @@ void set_values(DecodeParams& params, const DecodeArguments& args) {
   ART_CHECK(value.stride(3) == 1, kOp, ": the last dimension of value_cache must be contiguous");
   params.value_dim = value.size(3);
   params.value = paged_cache(value);
+  params.value_scale = paged_scales(kOp, "value_scale", args.value_scale, "value_cache", value);
 }
 
 WalkOrder parse_walk_order(const std::string& name) {
@@ -60,6 +61,7 @@ void set_walk(DecodeParams& params, const DecodeArguments& args) {
   if (args.walk) {
     check_rank(kOp, "walk", *args.walk, 3, "[batch, num_kv_heads, max_units]");
     params.max_units = args.walk->size(2);
+    params.walk_is_visible = args.walk_order == "guided";
   }
   params.walk = optional_ints(kOp, "walk", args.walk, "[batch, num_kv_heads, max_units]",
                               {batch, heads, params.max_units}, args.query);
@@ -128,7 +130,7 @@ void check_output(const char* name, const Tensor& tensor, ScalarType dtype, cons
 DecodeParams check_arguments(const DecodeArguments& args) {
   DecodeParams params = {};
   set_query(params, kOp, args.query, args.key_cache);
-  set_keys(params, kOp, args.key_cache, args.query);
+  set_keys(params, kOp, args.key_cache, args.key_scale, args.query);
   set_values(params, args);
   set_tables(params, kOp, args.block_table, args.seq_lens, args.seq_starts, args.query);
   set_logits(params, kOp,

@@ -30,7 +30,7 @@ void encode_on_cpu(const EncodeArguments&, const EncodeParams& params) {
         [&](int64_t, int64_t item) { cpu::encode_item(params, item); });
 }
 
-void guide_on_cpu(const GuidedArguments& args, const GuidedParams& params) {
+void guide_on_cpu(const GuidedArguments& args, const GuidedParams& params, int64_t) {
   check_values(params);
   const int64_t items = int64_t{params.attention.batch} * params.attention.num_kv_heads;
   const int64_t workers = cpu::guided_workers(params, torch::stable::get_num_threads());
@@ -51,6 +51,7 @@ void guide_on_cpu(const GuidedArguments& args, const GuidedParams& params) {
 STABLE_TORCH_LIBRARY_IMPL(art, CPU, m) {
   m.impl("encode_keys", TORCH_BOX(&encode_keys<encode_on_cpu>));
   m.impl("guided_walk", TORCH_BOX(&guided_walk<guide_on_cpu>));
+  m.impl("_guided_walk_split", TORCH_BOX(&guided_walk_split<guide_on_cpu>));
 }
 
 }  // namespace art

@@ -44,14 +44,14 @@ void encode_on_gpu(const EncodeArguments& args, const EncodeParams& params) {
   check_launch("encode_keys", cuda::launch_encode(params, current_stream(args.key_cache)));
 }
 
-void guide_on_gpu(const GuidedArguments& args, const GuidedParams& params) {
+void guide_on_gpu(const GuidedArguments& args, const GuidedParams& params, int64_t num_splits) {
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
   if (is_checked(args.checked)) check_values_on_device(args, params);
   check_environment("guided_walk");
   const int64_t bytes = static_cast<int64_t>(cuda::guided_workspace_bytes(params));
   const Tensor workspace =
       torch::stable::new_empty(args.query, {bytes}, torch::headeronly::ScalarType::Byte);
-  check_launch("guided_walk", cuda::launch_guided(params, workspace.mutable_data_ptr(),
+  check_launch("guided_walk", cuda::launch_guided(params, num_splits, workspace.mutable_data_ptr(),
                                                   current_stream(args.query)));
 }
 
@@ -60,6 +60,7 @@ void guide_on_gpu(const GuidedArguments& args, const GuidedParams& params) {
 STABLE_TORCH_LIBRARY_IMPL(art, CUDA, m) {
   m.impl("encode_keys", TORCH_BOX(&encode_keys<encode_on_gpu>));
   m.impl("guided_walk", TORCH_BOX(&guided_walk<guide_on_gpu>));
+  m.impl("_guided_walk_split", TORCH_BOX(&guided_walk_split<guide_on_gpu>));
 }
 
 }  // namespace art

@@ -90,6 +90,29 @@ void check_cluster_blocks() {
   expect(blocks(1, 1) == 2, "one step", blocks(1, 1), 2);
 }
 
+void check_order_crews() {
+  const int32_t max_clusters[3] = {132, 66, 33}, none[3] = {0, 0, 0};  // an H100
+  const auto crew = [&](int64_t items, int64_t units) {
+    return art::order_crew_log2(items, units, max_clusters);
+  };
+  expect(crew(8, 8192) == 3, "8 items", crew(8, 8192), 3);
+  expect(crew(64, 8192) == 2, "64 items", crew(64, 8192), 2);
+  expect(crew(1024, 8192) == 0, "1024 items", crew(1024, 8192), 0);
+  expect(crew(8, 2048) == 2, "2048 units", crew(8, 2048), 2);
+  expect(crew(8, 1023) == 0, "1023 units", crew(8, 1023), 0);
+  expect(crew(1, 0) == 0, "no units", crew(1, 0), 0);
+  expect(art::order_crew_log2(8, 8192, none) == 0, "no clusters", 8, 8192);
+  const auto warps = [&](int64_t blocks, int64_t units) {
+    return art::order_warps(blocks, units, /*group_size=*/4, /*multiprocessors=*/132);
+  };
+  expect(warps(64, 1024) == 16, "fills 16", warps(64, 1024), 16);
+  expect(warps(256, 2048) == 8, "256 blocks", warps(256, 2048), 8);
+  expect(warps(512, 512) == 4, "512 blocks", warps(512, 512), 4);
+  expect(warps(1024, 512) == 2, "1024 blocks", warps(1024, 512), 2);
+  expect(warps(1, 512) == 8, "a vector a lane", warps(1, 512), 8);
+  expect(warps(1, 8) == 2, "one vector", warps(1, 8), 2);
+}
+
 // All float16 numbers, those half way between two of them, and their neighbours.
 void check_halves() {
   for (uint32_t half = 0; half < 0x7bff; ++half) {
@@ -212,6 +235,7 @@ int main() {
   check_divider();
   check_exchange();
   check_cluster_blocks();
+  check_order_crews();
   std::printf("%d failures\n", num_failures);
   return num_failures == 0 ? 0 : 1;
 }

@@ -100,6 +100,46 @@ def test_a_replay_follows_what_is_in_the_buffers(dtype, batch, criterion, explic
     assert not torch.equal(results[0].out, results[1].out)
 
 
+@pytest.mark.parametrize("before", ["kernel", "copy", "nothing", "two_streams"])
+@pytest.mark.parametrize("batch", [1, 90])
+def test_a_call_waits_for_whatever_comes_before_it_in_a_graph(batch, before, gpu):
+    """Kernels start early behind kernels only; the inputs are late, and the last to be written."""
+    server = Server(batch, torch.bfloat16, gpu)
+    query, lens = server.inputs.tensors[0], server.inputs.tensors[4]
+    late, side = [torch.zeros_like(query), torch.zeros_like(lens)], torch.cuda.Stream()
+
+    def step():
+        main = torch.cuda.current_stream()
+        if before == "two_streams":
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(200_000)
+                lens.copy_(late[1])
+        elif before != "nothing":
+            lens.copy_(late[1])
+        if before != "nothing":
+            torch.cuda._sleep(200_000)
+        if before == "kernel":
+            torch.add(late[0], 0, out=query)
+        elif before != "nothing":
+            query.copy_(late[0])
+        if before == "two_streams":
+            main.wait_stream(side)
+        return server.inputs.call(decode_attention, criterion=EARLY)
+
+    server.refill(0)
+    graph, result = capture(step)
+    for seed in (3, 1, 2):
+        server.refill(seed)
+        wanted = server.inputs.call(decode_attention, criterion=EARLY)
+        if before != "nothing":
+            for buffer, tensor in zip(late, (query, lens), strict=True):
+                buffer.copy_(tensor)
+                tensor.zero_()
+        graph.replay()
+        assert_same_bits(result, wanted, f"after filling with {seed}")
+
+
 @pytest.mark.parametrize("num_splits", SPLITS)
 def test_a_replay_of_every_split(num_splits, gpu):
     server = Server(2, torch.bfloat16, gpu)

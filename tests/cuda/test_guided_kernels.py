@@ -17,7 +17,14 @@ from gpu_helpers import (
     soil,
 )
 
-from art_torch import append_kv, decode_attention, encode_keys, guided_walk, key_code_bytes
+from art_torch import (
+    ResidualMass,
+    append_kv,
+    decode_attention,
+    encode_keys,
+    guided_walk,
+    key_code_bytes,
+)
 from art_torch._reference_guided import order_units
 
 if not torch.cuda.is_available():
@@ -128,6 +135,38 @@ def test_any_batch(shape, dtype, gpu):
             assert torch.equal(bits(a), bits(b[rows]))
 
 
+SPLITS = [
+    Large("B1_100k", (100_003,)),
+    Large("B1_4k", (4_000,), num_q_heads=12, num_kv_heads=4, head_dim=64),
+    Large("ragged", (16_000, 9_001, 0, 1, 63, 15_999), spare_pages=500),
+    Large("few", (100, 7), num_q_heads=8, num_kv_heads=2),
+    Large("64_heads", (20_000,), num_q_heads=64, num_kv_heads=1),
+    Large("70_heads", (20_000,), num_q_heads=70, num_kv_heads=1, head_dim=64),
+    Large("B1_600k", (600_001,), num_q_heads=4, num_kv_heads=1, head_dim=64),
+]
+
+
+@pytest.mark.parametrize("window", [0, 3333])
+@pytest.mark.parametrize("shape", SPLITS, **by_name)
+def test_any_number_of_thread_blocks(shape, window, gpu):
+    """An item's units are ordered by one thread block, or shared out over 2, 4 or 8 of them."""
+    inputs = shape.build(torch.bfloat16, gpu)
+    query, keys, _, table, lens = inputs.tensors
+    arguments = query, keys, table, lens, *encoded(inputs)
+    options = {"rest": True, "sliding_window": window}
+    if window:
+        options["attn_sinks"] = torch.linspace(-9, 9, query.shape[1], device=gpu)
+    split, different = torch.ops.art._guided_walk_split, []
+    expected = split(*arguments, **options, num_splits=1)
+    assert same_bits(torch.ops.art.guided_walk(*arguments, **options), expected)
+    for num_splits in (2, 3, 4, 8):
+        for run in range(5):
+            soil(gpu, (0xFF, 0x00, 0x7F)[run % 3])
+            if not same_bits(split(*arguments, **options, num_splits=num_splits), expected):
+                different.append((num_splits, run))
+    assert not different
+
+
 def select(inputs, rows):
     query, keys, values, *tables = inputs.tensors
     return Inputs((query[rows], keys, values, *(t[rows] for t in tables)), inputs.options)
@@ -229,6 +268,52 @@ def test_decode_steps_in_one_graph(per_head, gpu):
     expected = torch.zeros_like(pool)
     encode_keys(keys, table, lens, expected, code_table)
     assert torch.equal(pool, expected)
+
+
+@pytest.mark.parametrize("criterion", [None, EARLY, EARLY | ResidualMass(0.1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Large("B1", (20_011,)),
+        Large("B4", (3000, 1, 0, 2222), num_q_heads=8, num_kv_heads=2, head_dim=64),
+        Large("B64", RAGGED, num_q_heads=64),
+        Large("plain", (3000, 700), num_q_heads=6, num_kv_heads=2, head_dim=80),
+    ],
+    **by_name,
+)
+def test_steps_one_after_the_other(shape, criterion, gpu):
+    """Kernels begin while the one before still runs, in memory that calls before them have used."""
+    several = [shape.build(torch.bfloat16, gpu, seed) for seed in range(3)]
+    codes = [encoded(inputs) for inputs in several]
+    rest = criterion not in (None, EARLY)
+
+    def attend(i, **walk):
+        return several[i].call(decode_attention, criterion=criterion, **walk)
+
+    def step(i):
+        return attend(i, walk="guided", key_codes=codes[i][0], code_table=codes[i][1])
+
+    expected = []
+    for i, inputs in enumerate(several):
+        walk = call_guided(guided_walk, inputs, codes[i], rest=rest)
+        torch.cuda.synchronize()
+        explicit = {"walk": walk.walk, "walk_lens": walk.walk_lens, "num_pinned": walk.num_pinned}
+        expected.append(attend(i, **explicit, **({"log_rest": walk.log_rest} if rest else {})))
+        torch.cuda.synchronize()
+
+    def chain():
+        return [step(i % 3) for i in range(12)]
+
+    def is_expected(results):
+        return all(same_bits(result, expected[i % 3]) for i, result in enumerate(results))
+
+    assert all(is_expected(chain()) for _ in range(10))
+    graph, outputs = capture(chain)
+    for _ in range(10):
+        for tensor in [t for result in outputs for t in result]:
+            tensor.fill_(7)
+        graph.replay()
+        assert is_expected(outputs)
 
 
 @pytest.mark.parametrize("head_dim", [128, 72])

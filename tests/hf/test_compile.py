@@ -33,17 +33,26 @@ def decode(model, step, cache):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral"])
-def test_one_graph(tiny, name):
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    [
+        ("llama", None),
+        ("gemma2", None),
+        ("gemma3", None),
+        ("mistral", None),
+        ("gemma2", torch.int8),
+    ],
+)
+def test_one_graph(tiny, name, kv_dtype):
     model = tiny(name)
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
     with art_torch.patch(model, RULE, **SIZES) as handle:
-        expected = decode(model, model, art_torch.ARTCache(model.config))
+        expected = decode(model, model, art_torch.ARTCache(model.config, kv_dtype=kv_dtype))
         read, present = handle.stats.tokens_read(), handle.stats.tokens_present()
         assert handle.stats.read_fraction() < 1.0
         handle.stats.reset()
-        cache = art_torch.ARTCache(model.config)
+        cache = art_torch.ARTCache(model.config, kv_dtype=kv_dtype)
         step = torch.compile(model, fullgraph=True, backend=backend)
         got = decode(model, step, cache)
         assert backend.frame_count == 1  # neither a break nor a recompilation

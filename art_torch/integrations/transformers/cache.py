@@ -17,9 +17,10 @@ from transformers.cache_utils import (
 )
 
 from art_torch.cache import PageTable
+from art_torch.int8_storage import Int8PageStorage
 from art_torch.integrations.transformers.layer import ARTLayer
 from art_torch.integrations.transformers.new_keys import NOT_PATCHED
-from art_torch.page_storage import MemoryBudget
+from art_torch.page_storage import MemoryBudget, PageStorage
 
 __all__ = ["ARTCache", "layer_windows"]
 
@@ -46,13 +47,17 @@ class ARTCache(Cache):
         page_size: Tokens a page, a multiple of 16. Default 64.
         max_bytes: Memory limit for keys, values and key codes. Default: half of the device's
             memory.
-        max_length: Tokens a row may reach, pads not counted; None for no limit but memory. With it
-            every step of one token is one of a cache that :meth:`preallocate` has filled up, which
-            ``generate`` can compile (``docs/compiled.md``).
         key_codes: Keep two-bit codes of the keys of full-attention layers, about 8 % of 16-bit keys
             and values, for ``patch(model, criterion, walk="guided")``. A model patched so switches
             them on by itself. Codes follow everything the cache does. After keys were written to by
             others, through PyTorch, they are made anew.
+        kv_dtype: ``torch.int8`` keeps keys and values in eight bits an element, on the CPU: each
+            token of a head is rounded to 255 multiples of a float32 scale of its own when it is
+            stored (``docs/int8.md``). Tokens of a forward pass see each other as they came, a
+            decode step reads what is stored. None keeps them as they are.
+        max_length: Tokens a row may reach, pads not counted; None for no limit but memory. With it
+            the cache is preallocated, see :meth:`preallocate`, whenever a step of one token begins,
+            and ``generate`` can compile that step (``docs/compiled.md``).
 
     Raises:
         TypeError: ``config`` is not a model config.
@@ -69,6 +74,7 @@ class ARTCache(Cache):
         page_size: int | None = None,
         max_bytes: int | None = None,
         key_codes: bool = False,
+        kv_dtype: torch.dtype | None = None,
         max_length: int | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -76,6 +82,10 @@ class ARTCache(Cache):
         page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size must be a positive multiple of 16, got {page_size}")
+        if kv_dtype not in (None, torch.int8):
+            raise ValueError(
+                f"kv_dtype must be torch.int8, or None for the dtype of the model, got {kv_dtype}"
+            )
         for name, limit in (("max_bytes", max_bytes), ("max_length", max_length)):
             if limit is not None and limit <= 0:
                 raise ValueError(f"{name} must be positive, got {limit}")
@@ -99,11 +109,12 @@ class ARTCache(Cache):
         lends = _DUMMY in windows or bool(getattr(text_config, "num_kv_shared_layers", None))
         others = DynamicCache(config=text_config).layers
         led: set[Any] = set()
+        storage = PageStorage if kv_dtype is None else Int8PageStorage
         for index, window in enumerate(windows):
             if not isinstance(window, int):
                 layers.append(others[index])
                 continue
-            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows))
+            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows, storage))
             led.add(window)
         super().__init__(layers=layers)
 

@@ -61,15 +61,22 @@ class ARTLayer(CacheLayerMixin):
         leads: Whether this is the first layer of its table in a forward pass.
         lends: Whether other layers may read the keys of this one.
         windows: Of all layers of the model that the cache was made for.
+        storage_type: Of its pages.
     """
 
     is_croppable = True
 
     def __init__(
-        self, table: PageTable, leads: bool, lends: bool, windows: tuple[Any, ...]
+        self,
+        table: PageTable,
+        leads: bool,
+        lends: bool,
+        windows: tuple[Any, ...],
+        storage_type: type[PageStorage] = PageStorage,
     ) -> None:
         super().__init__()
         self.table, self.leads, self.lends, self.windows = table, leads, lends, windows
+        self.storage_type = storage_type
         self.lent: tuple[Tensor, Tensor] | None = None  # dense keys and values of the last pass
         self.storage: PageStorage | None = None
         self.codes: CodeStorage | None = None  # from the first pass on with codes in the table
@@ -103,8 +110,8 @@ class ARTLayer(CacheLayerMixin):
         self.storage = self._add_storage(self.table, heads, dims, key_states)
         self.is_initialized = True
 
-    @staticmethod
     def _add_storage(
+        self,
         table: PageTable,
         heads: int,
         dims: tuple[int, int],
@@ -119,10 +126,10 @@ class ARTLayer(CacheLayerMixin):
 
         def make(max_pages: int) -> PageStorage:
             size = max_pages if pages is None else pages
-            return PageStorage(heads, *dims, table.page_size, dtype, device, size)
+            return self.storage_type(heads, *dims, table.page_size, dtype, device, size)
 
-        page_bytes = heads * sum(dims) * table.page_size * dtype.itemsize
-        return table.pages.add_storage(make, page_bytes)
+        parts = self.storage_type.parts_of(heads, *dims, table.page_size, dtype)
+        return table.pages.add_storage(make, sum(part.num_bytes for part in parts))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -192,7 +199,7 @@ class ARTLayer(CacheLayerMixin):
             key, value = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
         if not key.dtype == value.dtype == storage.dtype:  # autocast
             key, value = key.to(storage.dtype), value.to(storage.dtype)
-        append_kv(key, value, storage.key_cache, storage.value_cache, slots)
+        append_kv(key, value, storage.key_cache, storage.value_cache, slots, **storage.scales)
 
     def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
         table, tokens = self.table, key.shape[2]
@@ -239,12 +246,15 @@ class ARTLayer(CacheLayerMixin):
             "value_cache": storage.value_cache,
             "block_table": table.block_table,
             "seq_lens": table.seq_lens,
+            **storage.scales,
         }
         if not isinstance(table, EvictedTable):
             return pages
         heads = table.num_kv_heads
         for name in ("key_cache", "value_cache"):
             pages[name] = pages[name].expand(-1, -1, heads, -1)
+        for name in storage.scales:
+            pages[name] = pages[name].expand(-1, -1, heads)
         for name in ("block_table", "seq_lens"):
             pages[name] = pages[name].unflatten(0, (-1, heads))
         return pages
@@ -385,6 +395,7 @@ class ARTLayer(CacheLayerMixin):
             self.codes.key_codes,
             codes.code_table,
             coded_lens=coded_lens if self.coded_generation == generation else None,
+            key_scale=storage.scales.get("key_scale"),
         )
         self.coded_generation = generation
 

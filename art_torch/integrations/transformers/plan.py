@@ -102,7 +102,7 @@ def pin_all_where(dense: Tensor, most: int, arguments: dict[str, Any]) -> dict[s
     if arguments["walk"] == "guided":
         rest = rules_of(arguments["criterion"]).residual_mass is not None
         names = ("query", "key_cache", "block_table", "seq_lens", "scale", "sliding_window",
-                 "seq_starts", "softcap", "attn_sinks")  # fmt: skip
+                 "seq_starts", "softcap", "attn_sinks", "key_scale")  # fmt: skip
         given = {name: arguments[name] for name in names if name in arguments}
         codes = {name: arguments.pop(name) for name in ("key_codes", "code_table")}
         walk = guided_walk(**given, **codes, rest=rest)

@@ -5,11 +5,13 @@
 // they are and add products in float32, so the query has to have the precision, and float16 has 11
 // bits in a range of 2^40. Hence
 // - two numbers stand for each element, the second for what the first leaves: 22 bits;
-// - a head's queries are multiplied by a power of two, so that the largest is in [2^4, 2^5), and a
-//   record's scales by another, so that the largest is in [2^9, 2^10): nothing overflows.
+// - a head's queries are multiplied by a power of two, so that the largest is in [2^6, 2^7), and by
+//   4^-place, for codes there are larger. So products with scales up to 511 are within range.
 // The product of both is rounded in two parts again, the error of the first being exact (a fused
-// multiplication). What is lost is below 2^-21 of a term, or 2^-25 where the largest term is about
-// 2^14: of the order of float32 arithmetic. The powers of two come off the sums.
+// multiplication). What is lost is below 2^-21 of a term, or 2^-25 of the largest element of the
+// head times a key of 1: of the order of float32 arithmetic for keys and queries of usual size.
+// For others (is_careful) a record's scales are multiplied by another power of two, so that the
+// largest is in [2^8, 2^9). The powers of two come off the sums.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -29,8 +31,10 @@ namespace art::cuda::guided {
 constexpr int kTileHeads = 8;  // columns of an instruction
 constexpr int kPackedHeads = kTileHeads / 2;
 constexpr int kMaxTiles = 2;
-constexpr int32_t kQueryExponent = 4;
-constexpr int32_t kScaleExponent = 9;
+constexpr int32_t kQueryExponent = 6;
+constexpr int32_t kScaleExponent = 8;
+// Beyond it, what is lost is too much: queries of 2^10, times the scale of the logits.
+constexpr float kLargeFactor = 0x1p4f;
 
 // Elements of one lane for a pair of steps: column lane / 4, channels of lane % 4. Each word is a
 // place: its channel in the first step, and in the second.
@@ -38,12 +42,24 @@ struct alignas(16) PlaceWords {
   uint32_t at[kPlaces];
 };
 
-// The two parts of one pair of steps. Up to kPackedHeads heads share one instruction. Columns 0 to
-// 3 are their first parts, in `low`, with `high` 0. Columns 4 to 7 are the second parts in `low`,
-// with the first in `high`, for the error of its product. So the same instructions scale either.
+// Elements of one lane for the zeros: any four words, in the order in which they make two operands.
+struct alignas(16) ZeroWords {
+  uint32_t at[4];
+
+  __device__ static constexpr int place_of(int word) { return word % 2 * 2 + word / 2; }
+};
+
+// The two parts of one pair of steps. Up to kPackedHeads heads share one instruction: column 2 h is
+// the first part of head h, in `low` with `high` 0; column 2 h + 1 is the second part in `low`,
+// with the first in `high`, for the error of its product. So the same instructions scale either,
+// and the sums of both are in one lane. For more heads, a column has one head, with both parts.
+// For the product with the zeros there is no factor of the place. The words of all pairs, [place]
+// [pair], are taken four at a time: the columns themselves, or both parts.
 struct QueryPair {
   PlaceWords high[32];
   PlaceWords low[32];
+  ZeroWords zeros[32];
+  ZeroWords zeros_rest[32];
 };
 
 __device__ inline uint32_t pack(__half first, __half second) {
@@ -60,6 +76,18 @@ __device__ inline __half2 unpack(uint32_t word) {
 }
 
 __device__ inline uint32_t pack(__half2 pair) { return pack(__low2half(pair), __high2half(pair)); }
+
+// Two numbers in two float16 numbers each.
+struct Parts {
+  uint32_t high, low;
+
+  __device__ Parts(float x, float y) {
+    const __half high_x = __float2half_rn(x), high_y = __float2half_rn(y);
+    high = pack(high_x, high_y);
+    low =
+        pack(__float2half_rn(x - __half2float(high_x)), __float2half_rn(y - __half2float(high_y)));
+  }
+};
 
 __device__ inline float query_element(const DecodeParams& params, const Target& target, int32_t g,
                                       int32_t channel) {
@@ -120,39 +148,43 @@ struct HeadWords {
     for (int i = 0; i < kOfLane; ++i) {
       const int w = word(i);
       if (kWords % 32 != 0 && w >= kWords) break;
-      const float x = first[i] * normalise, y = second[i] * normalise;
-      const __half high_x = __float2half_rn(x), high_y = __float2half_rn(y);
-      const uint32_t high = pack(high_x, high_y);
-      const uint32_t low = pack(__float2half_rn(x - __half2float(high_x)),
-                                __float2half_rn(y - __half2float(high_y)));
-      const int place = w % kPlaces, lane = g * 4 + w / kPlaces % 4;
+      const int place = w % kPlaces, column_lane = w / kPlaces % 4;
       QueryPair& to = query[w / kWordsOfPair];
+      const float x = first[i] * normalise, y = second[i] * normalise;
+      const float of_place = power_of_two(-2 * place);
+      const Parts plain(x, y), parts(x * of_place, y * of_place);
+      const int zero_word = place * kPairs + w / kWordsOfPair;
+      const int zero_place = ZeroWords::place_of(zero_word % 4);
+      QueryPair& for_zeros = query[zero_word / 4];
       if constexpr (kPacked) {
+        const int lane = 2 * g * 4 + column_lane, next = lane + 4;
         to.high[lane].at[place] = 0;
-        to.low[lane].at[place] = high;
+        to.low[lane].at[place] = to.high[next].at[place] = parts.high;
+        to.low[next].at[place] = parts.low;
+        for_zeros.zeros[lane].at[zero_place] = plain.high;
+        for_zeros.zeros[next].at[zero_place] = plain.low;
+      } else {
+        const int lane = g * 4 + column_lane;
+        to.high[lane].at[place] = parts.high;
+        to.low[lane].at[place] = parts.low;
+        for_zeros.zeros[lane].at[zero_place] = plain.high;
+        for_zeros.zeros_rest[lane].at[zero_place] = plain.low;
       }
-      const int second_lane = kPacked ? lane + 4 * kPackedHeads : lane;
-      to.high[second_lane].at[place] = high;
-      to.low[second_lane].at[place] = low;
     }
   }
 };
 
-// A power of two for the scales of a record, in half precision for each place: with 4^-place, for
-// the codes there are larger.
-struct ScaleFactors {
-  int32_t exponent;
+// The exponent of a power of two for the scales of a record. `largest`: bits of the largest of
+// them, as float16.
+__device__ inline int32_t scale_exponent(uint32_t largest) {
+  const int32_t wanted = kScaleExponent - (static_cast<int32_t>(largest >> 10 & 0x1f) - 15);
+  return wanted < 15 ? wanted : 15;  // the largest power of two that float16 has
+}
 
-  // `largest`: bits of the largest scale of the record, as float16.
-  __device__ explicit ScaleFactors(uint32_t largest) {
-    const int32_t wanted = kScaleExponent - (static_cast<int32_t>(largest >> 10 & 0x1f) - 15);
-    exponent = wanted < 15 ? wanted : 15;  // the largest power of two that float16 has
-  }
-  __device__ __half2 of_place(int place) const {
-    const uint32_t half = static_cast<uint32_t>(exponent - 2 * place + 15) << 10;
-    return unpack(half | half << 16);
-  }
-};
+__device__ inline __half2 half_power_of_two(int32_t exponent) {
+  const uint32_t half = static_cast<uint32_t>(exponent + 15) << 10;
+  return unpack(half | half << 16);
+}
 
 // Multiplies both parts of a query.
 __device__ inline void scale_query(uint32_t* high, uint32_t* low, __half2 scale) {

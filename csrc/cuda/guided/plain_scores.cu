@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
+#include "cuda/early_start.h"
 #include "cuda/sizes.h"
 
 namespace art::cuda::guided {
@@ -14,6 +15,7 @@ __global__ void __launch_bounds__(kThreads)
     plain_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
                  const int32_t blocks) {
   __shared__ PlainShared shared;
+  let_next_kernel_start();
   const Target target(guided, static_cast<int32_t>(blockIdx.x) / blocks);
   const int32_t coded = target.num_groups(), all = coded + (target.has_tail() ? 1 : 0);
   for (int32_t i = static_cast<int32_t>(blockIdx.x) % blocks; i < all; i += blocks) {

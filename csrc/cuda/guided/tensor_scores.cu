@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
+#include "cuda/early_start.h"
 #include "cuda/sizes.h"
 
 namespace art::cuda::guided {
@@ -58,20 +59,33 @@ struct WarpGroups {
   }
 };
 
-// Starts the copy of a record, or of zeros where there is none.
-template <int kSteps>
-__device__ void copy_record(const GuidedParams& guided, const Target& target, int32_t page,
-                            uint8_t* to) {
-  const uint8_t* record = record_inside(guided.codes, page, target.kv_head);
-  const uint8_t* from = record == nullptr ? guided.codes.records : record;
-  constexpr int kPieces = TensorSizes<kSteps>::kRecordBytes / 16;
+// The records of one KV head. A page out of range counts as one of zeros.
+struct Records {
+  const uint8_t* first;
+  int64_t page_stride;
+  uint32_t num_pages;
+
+  __device__ Records(const CodePool& codes, int32_t head)
+      : first(record_of(codes, 0, head)),
+        page_stride(codes.page_stride),
+        num_pages(codes.num_pages < INT32_MAX ? static_cast<uint32_t>(codes.num_pages)
+                                              : uint32_t{INT32_MAX} + 1) {}
+
+  // Starts the copy of a record.
+  template <int kSteps>
+  __device__ void copy(int32_t page, uint8_t* to) const {
+    const bool exists = static_cast<uint32_t>(page) < num_pages;
+    constexpr int kPieces = TensorSizes<kSteps>::kRecordBytes / 16;
+    const int lane = threadIdx.x % 32;
+    const uint8_t* from = first + (exists ? page : 0) * page_stride + 16 * lane;
+    to += 16 * lane;
 #pragma unroll
-  for (int i = 0; i < kPieces; i += 32) {
-    const int piece = i + static_cast<int>(threadIdx.x % 32);
-    if (i + 32 > kPieces && piece >= kPieces) continue;
-    copy_async(to + 16 * piece, from + 16 * piece, record != nullptr);
+    for (int i = 0; i < kPieces; i += 32) {
+      if (i + 32 > kPieces && lane >= kPieces - i) continue;
+      copy_async(to + 16 * i, from + 16 * i, exists);
+    }
   }
-}
+};
 
 static_assert(kMaxTensorGroup == kMaxTiles * kTileHeads);
 
@@ -81,8 +95,10 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
                   const Split split) {
   using Sizes = TensorSizes<kSteps>;
   static_assert(!kPacked || Sizes::kWarps == kPackedHeads);  // each warp splits one head
+  constexpr int kHeads = kLaneHeads<kPacked>, kRows = kHeads * kGroupUnits;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float factors[kMaxTiles * kTileHeads];
+  let_next_kernel_start();
   const int32_t block = static_cast<int32_t>(blockIdx.x) % (split.blocks + 1) - 1;
   const Target target(guided, static_cast<int32_t>(blockIdx.x) / (split.blocks + 1));
   // What everybody waits for is asked for first.
@@ -100,11 +116,12 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
 
   const int32_t* table = code_table_of(guided.codes, target.batch, target.kv_head);
   const auto page_of_group = [&](int32_t group) { return group < groups.end ? table[group] : -1; };
+  const Records records(guided.codes, target.kv_head);
   uint8_t* ring = memory + warp * Sizes::kStages * Sizes::kRecordBytes;
 #pragma unroll
   for (int s = 0; s < Sizes::kStages; ++s) {
     if (groups.begin + s < groups.end) {
-      copy_record<kSteps>(guided, target, table[groups.begin + s], ring + s * Sizes::kRecordBytes);
+      records.copy<kSteps>(table[groups.begin + s], ring + s * Sizes::kRecordBytes);
     }
     sm80::commit_copies();
   }
@@ -120,20 +137,38 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
     }
   }
   __syncthreads();
+  bool is_careful = false;
+  for (int g = 0; g < (kPacked ? kPackedHeads : tiles * kTileHeads); ++g) {
+    is_careful |= !(factors[g] <= kLargeFactor);
+  }
+  const DecodeParams& params = guided.attention;
+  const bool always_extras = params.softcap > 0.0f || params.alibi_slopes != nullptr;
+  const int row = threadIdx.x % 32 / 4, in_tile = threadIdx.x % 4 * kHeads;
+  const int32_t own_head = in_tile + row % kRows / kGroupUnits;
+  // Of the unit and head that this lane ends with.
+  int16_t* scores = space.unit_lse + row % kGroupUnits +
+                    (int64_t{target.index} * params.group_size + own_head) * space.unit_stride;
 
   uint8_t* stage = ring;
   for (int32_t group = groups.begin; group < groups.end; ++group) {
     sm80::wait_copies<Sizes::kStages - 1>();
     __syncwarp();  // all lanes' pieces are there
+    const bool extras = always_extras || target.visible.begin > group * kGroupTokens;
     for (int32_t tile = 0; tile < tiles; ++tile) {
-      const LaneSums sums = multiply<kSteps, kPacked>(stage, query + tile * Sizes::kPairs);
-      auto logits = to_logits<kPacked>(sums, factors, tile);
-      finish_logits(guided, target, group, logits);
-      reduce_units(guided, target, group, logits, space);
+      const int32_t first_head = tile * kTileHeads;
+      float of_heads[kHeads];
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) of_heads[h] = factors[first_head + in_tile + h];
+      const int16_t steps = score_group<kSteps, kPacked>(
+          params, target, group, extras, stage, query + tile * Sizes::kPairs, first_head + in_tile,
+          of_heads, is_careful);
+      if (row < kRows && first_head + own_head < params.group_size) {
+        scores[int64_t{first_head} * space.unit_stride + group * kGroupUnits] = steps;
+      }
     }
     __syncwarp();  // all lanes have read it
     const int32_t next = group + Sizes::kStages;
-    if (next < groups.end) copy_record<kSteps>(guided, target, page, stage);
+    if (next < groups.end) records.copy<kSteps>(page, stage);
     sm80::commit_copies();
     page = page_of_group(next + 1);
     stage += Sizes::kRecordBytes;

@@ -22,6 +22,11 @@ using HalfMma = sm80::Mma<__half>;
 template <int kSteps>
 struct TensorSizes {
   static constexpr int kPairs = kSteps / 2;
+  // So many are multiplied at a time: all of them need too many registers where there are many.
+  template <bool kPacked>
+  static constexpr int kAtOnce = !kPacked          ? 1
+                                 : kPairs % 2 == 0 ? 2
+                                                   : 3;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStages = kSteps > 4 ? 3 : 4;
@@ -62,19 +67,21 @@ __device__ void load_words(const uint8_t* from, uint32_t (&to)[kWords]) {
   }
 }
 
-// Sums of one lane over the channels: tokens lane / 4 and 8 further, columns 2 (lane % 4) and next.
+// Heads of a tile of which a lane has the sums, in columns 2 * (lane % 4) and next: both parts of
+// one head, or one part of two heads in each of two instructions.
+template <bool kPacked>
+constexpr int kLaneHeads = kPacked ? 1 : 2;
+
+// Sums of one lane over the channels, with the tokens lane / 4 and 8 further.
+template <bool kPacked>
 struct LaneSums {
   float codes[kGroupUnits][4];
-  float zeros[2];
+  float zeros[kLaneHeads<kPacked>];
   float codes_factor;  // what the sums of codes have to be multiplied by
-};
 
-// Logits of one lane: tokens lane / 4 and 8 further of some neighbouring units, for two heads.
-template <int kUnits>
-struct LaneLogits {
-  float at[kUnits][4];
-  int32_t first_unit;  // of the group
-  int32_t first_head;
+  __device__ float of_codes(int unit, int head, int row) const {
+    return kPacked ? codes[unit][2 * row] + codes[unit][2 * row + 1] : codes[unit][2 * row + head];
+  }
 };
 
 // The largest scale of a record, as float16 bits, for all lanes.
@@ -96,154 +103,156 @@ __device__ uint32_t largest_scale(const uint8_t* scales) {
   return low > high ? low : high;
 }
 
-// <query, zero> of a group for a tile of heads.
+// <query, zero> of a group for a tile of heads. Any four words of zeros make an operand: rows 0 to
+// 7 of it have the first and the third, the others the second and the fourth. So of two
+// instructions, with the queries of either, one half each is good.
 template <int kSteps, bool kPacked>
-__device__ void multiply_zeros(const uint8_t* record, const QueryPair* query, float (&sums)[2]) {
+__device__ void multiply_zeros(const uint8_t* record, const QueryPair* query,
+                               LaneSums<kPacked>& sums) {
   using Sizes = TensorSizes<kSteps>;
   constexpr int kPairs = Sizes::kPairs;
   const int lane = threadIdx.x % 32;
   const uint8_t* of_lane =
       record + kGroupUnits * Sizes::kUnitBytes + Sizes::kGridBytes + lane % 4 * kPairs * 4;
-  // Rows of an instruction: the first eight are good in one of these, the others in the other.
-  float even_places[4] = {}, odd_places[4] = {};
+  uint32_t zeros[kPlaces][kPairs];
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    uint32_t zero[kPlaces];
+  for (int p = 0; p < kPlaces; ++p) load_words(of_lane + p * 16 * kPairs, zeros[p]);
+  float first_rows[4] = {}, last_rows[4] = {};
 #pragma unroll
-    for (int p = 0; p < kPlaces; ++p) {
-      zero[p] = *reinterpret_cast<const uint32_t*>(of_lane + (p * 4 * kPairs + j) * 4);
-    }
-    const PlaceWords low = query[j].low[lane];
-    HalfMma::run(even_places, zero, low.at[0], low.at[2]);
-    HalfMma::run(odd_places, zero, low.at[1], low.at[3]);
+  for (int i = 0; i < kPairs; ++i) {
+    uint32_t zero[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) zero[w] = zeros[(4 * i + w) / kPairs][(4 * i + w) % kPairs];
+    const ZeroWords parts = query[i].zeros[lane];
+    HalfMma::run(first_rows, zero, parts.at[0], parts.at[1]);
+    HalfMma::run(last_rows, zero, parts.at[2], parts.at[3]);
     if constexpr (!kPacked) {
-      const PlaceWords high = query[j].high[lane];
-      HalfMma::run(even_places, zero, high.at[0], high.at[2]);
-      HalfMma::run(odd_places, zero, high.at[1], high.at[3]);
+      const ZeroWords rest = query[i].zeros_rest[lane];
+      HalfMma::run(first_rows, zero, rest.at[0], rest.at[1]);
+      HalfMma::run(last_rows, zero, rest.at[2], rest.at[3]);
     }
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) sums[i] = even_places[i] + odd_places[2 + i];
+  const float of_columns[2] = {first_rows[0] + last_rows[2], first_rows[1] + last_rows[3]};
+  sums.zeros[0] = kPacked ? of_columns[0] + of_columns[1] : of_columns[0];
+  if constexpr (!kPacked) sums.zeros[1] = of_columns[1];
 }
 
-// <query * scale, code> of a group for a tile of heads. Some pairs of steps at a time, for all of
-// them need more registers than there are.
+// <query * scale, code> of a group for a tile of heads. `normalise`: multiplies the scales.
 template <int kSteps, bool kPacked>
-__device__ void multiply_codes(const uint8_t* record, const QueryPair* query, ScaleFactors factors,
-                               float (&sums)[kGroupUnits][4]) {
+__device__ void multiply_codes(const uint8_t* record, const QueryPair* query, bool is_careful,
+                               __half2 normalise, float (&sums)[kGroupUnits][4]) {
   using Sizes = TensorSizes<kSteps>;
-  constexpr int kPairs = Sizes::kPairs, kAtOnce = kPacked && kPairs % 2 == 0 ? 2 : 1;
+  constexpr int kPairs = Sizes::kPairs, kAtOnce = Sizes::template kAtOnce<kPacked>;
   const int lane = threadIdx.x % 32;
   const uint8_t* scales = record + kGroupUnits * Sizes::kUnitBytes + lane % 4 * kPairs * 4;
-#pragma unroll 1
+#pragma unroll(kPacked ? kPairs : 1)
   for (int first = 0; first < kPairs; first += kAtOnce) {
-    uint32_t code[kGroupUnits][kAtOnce];
+    uint32_t scale[kPlaces][kAtOnce];
 #pragma unroll
-    for (int u = 0; u < kGroupUnits; ++u) {
-      load_words(record + u * Sizes::kUnitBytes + (lane * kPairs + first) * 4, code[u]);
+    for (int p = 0; p < kPlaces; ++p) {
+      load_words(scales + (p * 4 * kPairs + first) * 4, scale[p]);
     }
+    if (is_careful) {
+#pragma unroll
+      for (int i = 0; i < kPlaces * kAtOnce; ++i) {
+        uint32_t& word = scale[i / kAtOnce][i % kAtOnce];
+        word = pack(__hmul2_rn(unpack(word), normalise));
+      }
+    }
+    PlaceWords high[kAtOnce], low[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      PlaceWords high = query[first + j].high[lane], low = query[first + j].low[lane];
+      high[j] = query[first + j].high[lane];
+      low[j] = query[first + j].low[lane];
 #pragma unroll
       for (int p = 0; p < kPlaces; ++p) {
-        const auto* scale =
-            reinterpret_cast<const uint32_t*>(scales + (p * 4 * kPairs + first + j) * 4);
-        const __half2 scaled = __hmul2_rn(unpack(*scale), factors.of_place(p));
-        scale_query(&high.at[p], &low.at[p], scaled);
+        scale_query(&high[j].at[p], &low[j].at[p], unpack(scale[p][j]));
       }
+    }
 #pragma unroll
-      for (int u = 0; u < kGroupUnits; ++u) {
-        const uint32_t first_tokens = code[u][j], second_tokens = first_tokens >> 8;
+    for (int u = 0; u < kGroupUnits; ++u) {
+      uint32_t code[kAtOnce];
+      load_words(record + u * Sizes::kUnitBytes + (lane * kPairs + first) * 4, code);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t first_tokens = code[j], second_tokens = first_tokens >> 8;
 #pragma unroll
         for (int p = 0; p < kPlaces; p += 2) {
           const uint32_t mask = 0x00030003u << 2 * p, next = mask << 2;
           const uint32_t a[4] = {first_tokens & mask, second_tokens & mask, first_tokens & next,
                                  second_tokens & next};
-          HalfMma::run(sums[u], a, low.at[p], low.at[p + 1]);
-          if constexpr (!kPacked) HalfMma::run(sums[u], a, high.at[p], high.at[p + 1]);
+          HalfMma::run(sums[u], a, low[j].at[p], low[j].at[p + 1]);
+          if constexpr (!kPacked) HalfMma::run(sums[u], a, high[j].at[p], high[j].at[p + 1]);
         }
       }
     }
   }
 }
 
+// `is_careful`: for scales of any size. Otherwise sums are infinite or NaN where a product with a
+// scale is beyond float16's range.
 template <int kSteps, bool kPacked>
-__device__ LaneSums multiply(const uint8_t* record, const QueryPair* query) {
+__device__ LaneSums<kPacked> multiply(const uint8_t* record, const QueryPair* query,
+                                      bool is_careful) {
   using Sizes = TensorSizes<kSteps>;
-  const ScaleFactors factors(largest_scale<kSteps>(record + kGroupUnits * Sizes::kUnitBytes));
-  LaneSums sums = {};
-  sums.codes_factor = power_of_two(24 - factors.exponent);
-  multiply_zeros<kSteps, kPacked>(record, query, sums.zeros);
-  multiply_codes<kSteps, kPacked>(record, query, factors, sums.codes);
+  LaneSums<kPacked> sums = {};
+  int32_t exponent = 0;
+  if (is_careful) {
+    exponent = scale_exponent(largest_scale<kSteps>(record + kGroupUnits * Sizes::kUnitBytes));
+  }
+  sums.codes_factor = power_of_two(24 - exponent);
+  multiply_zeros<kSteps, kPacked>(record, query, sums);
+  multiply_codes<kSteps, kPacked>(record, query, is_careful, half_power_of_two(exponent),
+                                  sums.codes);
   return sums;
 }
 
-// From the sums of a tile to logits; `factors`: of all heads of the group. Where the parts of a
-// query are in columns of their own, lanes that have the same heads add them up, and share out the
-// units.
-template <bool kPacked>
-__device__ auto to_logits(const LaneSums& sums, const float* factors, int32_t tile) {
-  const int column = threadIdx.x % 4;
-  if constexpr (kPacked) {
-    constexpr int kUnits = kGroupUnits / 2;
-    const bool has_second_units = column >= 2;
-    LaneLogits<kUnits> logits = {{}, has_second_units ? kUnits : 0, column % 2 * 2};
-    float zeros[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      zeros[i] = sums.zeros[i] + __shfl_xor_sync(~0u, sums.zeros[i], 2);
-      zeros[i] *= factors[logits.first_head + i];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float factor = sums.codes_factor * factors[logits.first_head + i % 2];
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const float mine = sums.codes[u][i], next = sums.codes[u + kUnits][i];
-        const float sent = has_second_units ? mine : next, kept = has_second_units ? next : mine;
-        const float both = kept + __shfl_xor_sync(~0u, sent, 2);
-        logits.at[u][i] = fmaf(both, factor, zeros[i % 2]);
-      }
-    }
-    return logits;
-  } else {
-    LaneLogits<kGroupUnits> logits = {{}, 0, tile * kTileHeads + column * 2};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float of_head = factors[logits.first_head + i % 2];
-      const float factor = sums.codes_factor * of_head, zero = sums.zeros[i % 2] * of_head;
-#pragma unroll
-      for (int u = 0; u < kGroupUnits; ++u) {
-        logits.at[u][i] = fmaf(sums.codes[u][i], factor, zero);
-      }
-    }
-    return logits;
-  }
-}
+// Logits of one lane to base 2, relative to `base` of their head: tokens lane / 4 and 8 further of
+// each unit.
+template <int kHeads>
+struct LaneLogits {
+  float at[kGroupUnits][kHeads][2];
+  float base[kHeads];
+};
 
-// Soft cap, slopes, and what is not visible.
-template <int kUnits>
-__device__ void finish_logits(const GuidedParams& guided, const Target& target, int32_t group,
-                              LaneLogits<kUnits>& logits) {
-  const DecodeParams& params = guided.attention;
-  if (params.softcap <= 0.0f && params.alibi_slopes == nullptr &&
-      target.visible.begin <= group * kGroupTokens) {
-    return;
+// From sums to logits. `factors`: of the lane's heads, the first of which is `first_head`.
+// `extras`: whether logits are more than the product of query and key.
+template <bool kPacked>
+__device__ auto to_logits(const DecodeParams& params, const Target& target, int32_t group,
+                          bool extras, const LaneSums<kPacked>& sums, int32_t first_head,
+                          const float* factors) {
+  constexpr int kHeads = kLaneHeads<kPacked>;
+  LaneLogits<kHeads> logits;
+  if (!extras) {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const float factor = factors[h] * kLog2e, of_codes = sums.codes_factor * factor;
+      logits.base[h] = sums.zeros[h] * factor;
+#pragma unroll
+      for (int i = 0; i < 2 * kGroupUnits; ++i) {
+        logits.at[i / 2][h][i % 2] = sums.of_codes(i / 2, h, i % 2) * of_codes;
+      }
+    }
+    return logits;
   }
-  const int32_t first_unit = group * kGroupUnits + logits.first_unit;
-  const int32_t first_token = first_unit * kUnitTokens + static_cast<int32_t>(threadIdx.x % 32 / 4);
+  int32_t first_token = group * kGroupTokens + static_cast<int32_t>(threadIdx.x % 32 / 4);
+  // Or all comparisons would be made beforehand, also where nobody asks for them.
+  asm volatile("" : "+r"(first_token));
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int h = 0; h < kHeads; ++h) {
+    const float zero = sums.zeros[h] * factors[h], factor = sums.codes_factor * factors[h];
     // Heads that only fill up the tile have no slope.
-    const int32_t g = logits.first_head + i % 2, last = params.group_size - 1;
+    const int32_t g = first_head + h, last = params.group_size - 1;
     const int32_t q_head = target.kv_head * params.group_size + (g < last ? g : last);
+    logits.base[h] = 0.0f;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      float& x = logits.at[u][i];
-      x = logit_of(params, target.visible, q_head, first_token + i / 2 * 8 + u * kUnitTokens, x);
+    for (int i = 0; i < 2 * kGroupUnits; ++i) {
+      const float x = fmaf(sums.of_codes(i / 2, h, i % 2), factor, zero);
+      const int32_t token = first_token + i / 2 * kUnitTokens + i % 2 * 8;
+      logits.at[i / 2][h][i % 2] = logit_of(params, target.visible, q_head, token, x) * kLog2e;
     }
   }
+  return logits;
 }
 
 // The largest over the eight rows of lanes.
@@ -255,96 +264,80 @@ __device__ inline float max_of_rows(float x) {
   return x;
 }
 
-// One of a lane's sums: of a unit and head, relative to a power of two.
+// Number head * kGroupUnits + unit, among those of a lane: row % (kHeads * kGroupUnits).
 struct UnitSum {
-  int32_t index;  // head * kUnits + unit, among those of the lane
-  float reference;
+  float base;
   float sum;
 };
 
-// Adds up the probabilities of each unit and head, relative to 2^reference. The eight rows of lanes
-// have parts of all 2 * kUnits sums: each exchange halves what a lane is left with, until it has
-// one.
-template <int kUnits>
-__device__ UnitSum add_rows(const LaneLogits<kUnits>& logits,
-                            const float (&references)[2 * kUnits]) {
+// Adds up 2^x of each unit and head. The eight rows of lanes have parts of all sums: each exchange
+// halves what a lane is left with, until it has one.
+template <int kHeads>
+__device__ UnitSum add_rows(const LaneLogits<kHeads>& logits) {
+  constexpr int kSums = kHeads * kGroupUnits;
   const int row = threadIdx.x % 32 / 4;
-  float sums[2 * kUnits], reference[2 * kUnits];
+  float sums[kSums];
 #pragma unroll
-  for (int i = 0; i < 2 * kUnits; ++i) {
-    const float* x = logits.at[i % kUnits] + i / kUnits;
-    reference[i] = references[i];
-    sums[i] = power_of_2(fmaf(x[0], kLog2e, -reference[i])) +
-              power_of_2(fmaf(x[2], kLog2e, -reference[i]));
+  for (int i = 0; i < kSums; ++i) {
+    const float (&x)[2] = logits.at[i % kGroupUnits][i / kGroupUnits];
+    sums[i] = power_of_2(x[0]) + power_of_2(x[1]);
   }
 #pragma unroll
-  for (int half = kUnits; half > 0; half /= 2) {
+  for (int half = kSums / 2; half > 0; half /= 2) {
     const bool keeps_second = (row & half) != 0;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
       const float sent = keeps_second ? sums[i] : sums[i + half];
       sums[i] = keeps_second ? sums[i + half] : sums[i];
       sums[i] += __shfl_xor_sync(~0u, sent, 4 * half);
-      reference[i] = keeps_second ? reference[i + half] : reference[i];
     }
   }
 #pragma unroll
-  for (int distance = 2 * kUnits; distance < 8; distance *= 2) {  // rows that have the same sum
+  for (int distance = kSums; distance < 8; distance *= 2) {  // rows that have the same sum
     sums[0] += __shfl_xor_sync(~0u, sums[0], 4 * distance);
   }
-  return {row % (2 * kUnits), reference[0], sums[0]};
+  return {row < kGroupUnits ? logits.base[0] : logits.base[kHeads - 1], sums[0]};
 }
 
-// What the sums are relative to: the largest logit of each unit, or of all that the lane has of a
-// head, to base 2.
-template <int kUnits>
-__device__ void find_references(const LaneLogits<kUnits>& logits, bool by_unit,
-                                float (&references)[2 * kUnits]) {
+// The same relative to the largest of each unit and head.
+template <int kHeads>
+__device__ UnitSum add_rows_carefully(LaneLogits<kHeads>& logits) {
+  UnitSum unit = {};
 #pragma unroll
-  for (int head = 0; head < 2; ++head) {
-    float max[kUnits];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) max[u] = fmaxf(logits.at[u][head], logits.at[u][head + 2]);
-    if (by_unit) {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) max[u] = max_of_rows(max[u]);
-    } else {
-#pragma unroll
-      for (int u = 1; u < kUnits; ++u) max[0] = fmaxf(max[0], max[u]);
-      max[0] = max_of_rows(max[0]);
-#pragma unroll
-      for (int u = 1; u < kUnits; ++u) max[u] = max[0];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      references[head * kUnits + u] = reference_of(max[u]) * kLog2e;
-    }
+  for (int i = 0; i < kHeads * kGroupUnits; ++i) {
+    float (&x)[2] = logits.at[i % kGroupUnits][i / kGroupUnits];
+    const float reference = reference_of(max_of_rows(fmaxf(x[0], x[1])));
+    x[0] -= reference, x[1] -= reference;
+    const int row = threadIdx.x % 32 / 4;
+    if (row % (kHeads * kGroupUnits) == i) unit.base = reference;
   }
+  const UnitSum sum = add_rows(logits);
+  return {unit.base + sum.base, sum.sum};
 }
 
-// Log-sum-exp of the group's units, from logits. Relative to the largest of a head's units in the
-// lane, which is exact unless one of them is so much smaller that its sum is lost; then again, each
-// relative to its own.
-template <int kUnits>
-__device__ void reduce_units(const GuidedParams& guided, const Target& target, int32_t group,
-                             const LaneLogits<kUnits>& logits, const Workspace& space) {
-  constexpr float kLeastSum = 0x1p-100f;
+// Log-sum-exp of a group's units for a tile of heads, in steps: of the unit and head whose number
+// is the lane's row. First relative to the zeros of the group, which needs no search for the
+// largest logit; where a sum is then too large or small to be trusted, again in the way that always
+// holds. Nothing but the record and the queries decides which.
+template <int kSteps, bool kPacked>
+__device__ int16_t score_group(const DecodeParams& params, const Target& target, int32_t group,
+                               bool extras, const uint8_t* record, const QueryPair* query,
+                               int32_t first_head, const float* factors, bool is_careful) {
+  constexpr float kLeastSum = 0x1p-100f, kMostSum = 0x1p100f;
   UnitSum unit;
-  bool by_unit = false;
 #pragma unroll 1
   while (true) {
-    float references[2 * kUnits];
-    find_references(logits, by_unit, references);
-    unit = add_rows(logits, references);
-    if (by_unit || !__any_sync(~0u, !(unit.sum >= kLeastSum))) break;
-    by_unit = true;
+    const LaneSums sums = multiply<kSteps, kPacked>(record, query, is_careful);
+    auto logits = to_logits<kPacked>(params, target, group, extras, sums, first_head, factors);
+    if (is_careful) {
+      unit = add_rows_carefully(logits);
+      break;
+    }
+    unit = add_rows(logits);
+    if (__all_sync(~0u, unit.sum >= kLeastSum && unit.sum <= kMostSum)) break;
+    is_careful = true;
   }
-  const int32_t g = logits.first_head + unit.index / kUnits;
-  if (g >= guided.attention.group_size || threadIdx.x % 32 / 4 >= 2 * kUnits) return;
-  const int64_t head = int64_t{target.index} * guided.attention.group_size + g;
-  const int32_t number = group * kGroupUnits + logits.first_unit + unit.index % kUnits;
-  space.unit_lse[head * space.unit_stride + number] =
-      quantise_steps((unit.reference + __log2f(unit.sum)) * 64.0f);
+  return quantise_steps((unit.base + __log2f(unit.sum)) * 64.0f);
 }
 
 }  // namespace art::cuda::guided

@@ -196,14 +196,15 @@ __device__ inline bool fold_step(const DecodeParams& params, const Item& item, i
   bool stable = true;
   for (int32_t g = warp; g < heads; g += kWarps) {
     const SoftmaxState incoming = shared.step[g];
-    SoftmaxState after = running_softmax[first_head + g];
+    const SoftmaxState before = running_softmax[first_head + g];
+    SoftmaxState after = before;
     const FoldFactors factors = fold(after, incoming);
     float* running = running_values + int64_t{first_head + g} * dim;
     const float* values = shared.values + g * dim;
     if (compare) {
       const int32_t head = item.kv_head * params.group_size + first_head + g;
       const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
-      const IncrementWeights weights = increment_weights(incoming, after, factors, sink);
+      const IncrementWeights weights = increment_weights(before, incoming, after, factors, sink);
       IncrementMoments moments = moments_of(factors, weights, running, values, dim, 1.0f);
       if (!in_range(moments)) {
         const float scale = moment_scale(largest_of(factors, weights, running, values, dim));

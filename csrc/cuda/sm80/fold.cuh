@@ -118,15 +118,16 @@ __device__ inline SoftmaxState fold_softmax(const SoftmaxState& before, const So
   SoftmaxState after = {lane > 0 && earlier > before.max ? earlier : before.max, 0.0f};
   const FoldFactors factors = fold(after, step);
   const float added = after.sum;  // folded into nothing, the step leaves its own mass
-  float sum = before.sum;
+  float sum = before.sum, mass_before = 0.0f;
 #pragma unroll 8
   for (int i = 0; i < 32; ++i) {
     const float kept = __shfl_sync(~0u, factors.running, i);
+    if (i == lane) mass_before = sum * kept;
     sum = __fmaf_rn(sum, kept, __shfl_sync(~0u, added, i));
     if (i == lane) after.sum = sum;
   }
   __syncwarp();  // the weights of the head before are no longer read
-  weights[lane] = {factors, increment_weights(step, after, factors, sink)};
+  weights[lane] = {factors, increment_weights(mass_before, added, after, sink)};
   __syncwarp();
   return after;
 }

@@ -135,6 +135,26 @@ __device__ inline void send(uint32_t to, const float4& value, uint32_t barrier) 
       : "memory");
 }
 
+__device__ inline void send(uint32_t to, uint4 value, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+      : "memory");
+}
+__device__ inline void send(uint32_t to, uint64_t value, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(to),
+      "l"(value), "r"(barrier)
+      : "memory");
+}
+__device__ inline void send(uint32_t to, int32_t value, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(to),
+      "r"(value), "r"(barrier)
+      : "memory");
+}
+
 // A single word; it orders nothing else.
 __device__ inline void send_word(uint32_t to, int32_t value) {
   asm volatile("st.relaxed.cluster.shared::cluster.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");

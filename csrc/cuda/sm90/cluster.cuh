@@ -54,14 +54,15 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
-    // In shared memory, because the computing warps have no registers to spare for it.
-    shared.item = find_item(params, walks, index);
     prefetch_map(&maps.key);
     prefetch_map(&maps.value);
     shared.stages.init();
     shared.exchange.init();
     fence_barrier_init();
   }
+  wait_for_kernel_before();
+  // In shared memory, because the computing warps have no registers to spare for it.
+  if (threadIdx.x == 0) shared.item = find_item(params, walks, index);
   const int32_t batch = index / params.num_kv_heads, kv_head = index % params.num_kv_heads;
   shared.query.load(params, batch, kv_head * params.group_size, params.group_size, threadIdx.x,
                     kClusterThreads<kDim>);
@@ -122,18 +123,19 @@ template <class T, int kDim, int kHeadTiles, bool kRests>
 cudaError_t run_cluster(const DecodeParams& params, const ListedWalks& walks, const Maps& maps,
                         const ClusterPlan& plan, cudaStream_t stream, int* blocks) {
   const auto kernel = cluster_kernel<T, kDim, kHeadTiles, kRests>;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.blocks();
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {{}, early_start()};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = plan.blocks();
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(params.batch) * params.num_kv_heads * plan.blocks());
   config.blockDim = dim3(kClusterThreads<kDim>);
   config.dynamicSmemBytes = kMaxSharedBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   if (blocks == nullptr) return cudaLaunchKernelEx(&config, kernel, params, walks, maps, plan);
+  config.numAttrs = 1;
   bool can_run;
   *blocks = 0;
   const cudaError_t error = prepare(kernel, kMaxSharedBytes, &can_run);

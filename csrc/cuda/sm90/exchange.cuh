@@ -95,7 +95,7 @@ constexpr int max_pending_log2(int head_dim, int head_tiles) {
 template <int kHeadTiles>
 struct StepTable {
   float4 factors[kHeadTiles][kBatchSteps][kLanePairs];  // {running, incoming} of both heads
-  float4 sums[kHeadTiles][kBatchSteps][kLanePairs];     // {running, mass} of both heads
+  float4 sums[kHeadTiles][kBatchSteps][kLanePairs];     // {earlier mass, mass} of both heads
   float4 states[kHeadTiles][kBatchSteps][kLanePairs];   // {max, sum} of both, after the step
 };
 

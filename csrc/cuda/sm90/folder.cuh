@@ -261,9 +261,9 @@ class Folder {
     const float4 after = table().states[ht][row_][column];
     const int32_t g = 2 * (kLanePairs * ht + column);
     const IncrementWeights low =
-        increment_weights(sums.y, {after.x, after.y}, sink_of(params_, item_.kv_head, g));
-    const IncrementWeights high =
-        increment_weights(sums.w, {after.z, after.w}, sink_of(params_, item_.kv_head, g + 1));
+        increment_weights(sums.x, sums.y, {after.x, after.y}, sink_of(params_, item_.kv_head, g));
+    const IncrementWeights high = increment_weights(sums.z, sums.w, {after.z, after.w},
+                                                    sink_of(params_, item_.kv_head, g + 1));
     return make_float4(f.y * low.keep, low.share, f.w * high.keep, high.share);
   }
 

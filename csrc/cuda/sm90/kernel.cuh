@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/item.h"
+#include "cuda/early_start.h"
 #include "cuda/sm90/launch.h"
 
 namespace art::cuda::sm90 {
@@ -42,13 +43,15 @@ __device__ inline unsigned char* aligned(unsigned char* memory) {
 __device__ inline Item find_item(const DecodeParams& params, const ListedWalks& walks,
                                  int32_t index) {
   const TokenRange visible = visible_of(params, index);
+  const int64_t row = int64_t{index} * params.max_units;
   if (walks.walks == nullptr) {
-    return make_item(
-        params, index, visible,
-        built_in_walk(params.walk_order, visible, params.unit_size, num_pinned_of(params, index)));
+    const int32_t pinned = num_pinned_of(params, index);
+    return make_item(params, index, visible,
+                     params.walk_order == WalkOrder::kExplicit
+                         ? walk_in_place(params, index, pinned)
+                         : built_in_walk(params.walk_order, visible, params.unit_size, pinned));
   }
   const ListedWalk listed = walks.walks[index];
-  const int64_t row = int64_t{index} * params.max_units;
   return make_item(params, index, visible,
                    {WalkOrder::kExplicit, 0, listed.num_units, 0, listed.num_pinned,
                     listed.in_place ? params.walk + row : walks.kept + row});

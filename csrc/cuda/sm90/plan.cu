@@ -129,7 +129,7 @@ cudaError_t run(const DecodeParams& params, const Plan& plan, Arena& arena, bool
                 cudaStream_t stream) {
   const size_t items = num_items(params);
   ListedWalks walks = {};
-  const bool is_listed = params.walk_order == WalkOrder::kExplicit;
+  const bool is_listed = drops_units(params);
   if (is_listed) {
     walks.walks = arena.take<ListedWalk>(items);
     walks.kept = arena.take<int32_t>(items * params.max_units);

@@ -94,12 +94,13 @@ class SoloConsumer {
       for (int column = 0; column < 2; ++column) {
         const int32_t g = head(ht, column);
         const SoftmaxState& incoming = partial.softmax[ht][column];
-        SoftmaxState state = before_.softmax[g];
+        const SoftmaxState before = before_.softmax[g];
+        SoftmaxState state = before;
         factors[column] = fold(state, incoming);
         if (lane_ < 4) after_.softmax[g] = state;
         if (!compares) continue;
         const float* sink = sink_of(params_, item_.kv_head, g);
-        weights[column] = increment_weights(incoming, state, factors[column], sink);
+        weights[column] = increment_weights(before, incoming, state, factors[column], sink);
       }
 #pragma unroll
       for (int i = 0; i < kDim / 16; ++i) {
@@ -288,9 +289,6 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(aligned(memory));
   static_assert(sizeof(shared.running) >= kMaxSorted * sizeof(int32_t));
-  const int32_t index =
-      item_at(params, blockIdx.x, reinterpret_cast<int32_t*>(shared.running), shared.found_row);
-  const Item item = find_item(params, walks, index);
   if (threadIdx.x == 0) {
     prefetch_map(&maps.key);
     prefetch_map(&maps.value);
@@ -302,6 +300,10 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
     shared.is_finished = false;
     fence_barrier_init();
   }
+  wait_for_kernel_before();
+  const int32_t index =
+      item_at(params, blockIdx.x, reinterpret_cast<int32_t*>(shared.running), shared.found_row);
+  const Item item = find_item(params, walks, index);
   clear(shared, threadIdx.x, kThreads);
   shared.query.load(params, item.batch, item.kv_head * params.group_size, params.group_size,
                     threadIdx.x, kThreads);
@@ -331,9 +333,15 @@ cudaError_t run_solo(const DecodeParams& params, const ListedWalks& walks, const
     if (!can_run) return error;
     return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, kThreads, kBytes);
   }
-  const unsigned items = static_cast<unsigned>(params.batch) * params.num_kv_heads;
-  kernel<<<items, kThreads, kBytes, stream>>>(params, walks, maps);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute = early_start();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(params.batch) * params.num_kv_heads);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params, walks, maps);
 }
 
 }  // namespace art::cuda::sm90

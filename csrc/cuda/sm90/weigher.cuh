@@ -100,15 +100,20 @@ class Weigher {
         make_float4(factors[0].running, incoming[0].sum * factors[0].incoming, factors[1].running,
                     incoming[1].sum * factors[1].incoming);
     __syncwarp();
+    float before[2] = {};
 #pragma unroll
     for (int i = 0; i < kBatchSteps; ++i) {
       const float4 part = table.sums[ht][i][lane_ % 4];
       if (i > row_) continue;
+      before[0] = after[0].sum, before[1] = after[1].sum;
       after[0].sum = fmaf(after[0].sum, part.x, part.y);
       after[1].sum = fmaf(after[1].sum, part.z, part.w);
     }
     table.states[ht][row_][lane_ % 4] =
         make_float4(after[0].max, after[0].sum, after[1].max, after[1].sum);
+    __syncwarp();  // all rows have read the factors that make room for the earlier mass
+    float4& sums = table.sums[ht][row_][lane_ % 4];
+    sums.x = before[0] * factors[0].running, sums.z = before[1] * factors[1].running;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       states_[ht][column] = {__shfl_sync(~0u, after[column].max, 28 + lane_ % 4),
