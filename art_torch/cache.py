@@ -439,7 +439,7 @@ class PageTable:
             return
         tensors = [self.block_table, self.seq_lens, self.padded_tensor, self.static_slots]
         for storage in self.pages.storages:
-            tensors += [storage.key_cache, storage.value_cache]
+            tensors += [storage.key_cache, storage.value_cache, *storage.scales.values()]
         if self.codes is not None:
             tensors += [self.codes.code_table, self.codes.coded_lens]
             tensors += [storage.key_codes for storage in self.codes.groups.storages]

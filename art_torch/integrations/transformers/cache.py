@@ -47,9 +47,6 @@ class ARTCache(Cache):
         page_size: Tokens a page, a multiple of 16. Default 64.
         max_bytes: Memory limit for keys, values and key codes. Default: half of the device's
             memory.
-        max_length: Tokens a row may reach, pads not counted; None for no limit but memory. With it
-            every step of one token is one of a cache that :meth:`preallocate` has filled up, which
-            ``generate`` can compile (``docs/compiled.md``).
         key_codes: Keep two-bit codes of the keys of full-attention layers, about 8 % of 16-bit keys
             and values, for ``patch(model, criterion, walk="guided")``. A model patched so switches
             them on by itself. Codes follow everything the cache does. After keys were written to by
@@ -58,6 +55,9 @@ class ARTCache(Cache):
             token of a head is rounded to 255 multiples of a float32 scale of its own when it is
             stored (``docs/int8.md``). Tokens of a forward pass see each other as they came, a
             decode step reads what is stored. None keeps them as they are.
+        max_length: Tokens a row may reach, pads not counted; None for no limit but memory. With it
+            the cache is preallocated, see :meth:`preallocate`, whenever a step of one token begins,
+            and ``generate`` can compile that step (``docs/compiled.md``).
 
     Raises:
         TypeError: ``config`` is not a model config.
