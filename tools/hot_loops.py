@@ -139,13 +139,14 @@ def innermost_loops(graph: Graph) -> list[set[int]]:
 
 
 def spills_in(loop: Function, function: Function) -> list[Instruction]:
-    """Moves of vectors to or from the stack. A store that nothing reads again is none."""
+    """Moves of vectors to or from the stack. A store that no vector is read from is none."""
     has_frame = any(i.name == "mov" and i.arguments == "%rsp,%rbp" for i in function[:16])
     # With an index it is an array that is meant to lie there.
     slot = re.compile(r"[-\w]*\(%r[sb]p\)" if has_frame else r"[-\w]*\(%rsp\)")
-    places = {i: place[0] for i in function if (place := slot.search(i.arguments))}
+    vectors = [i for i in function if VECTOR.search(i.arguments)]
+    places = {i: place[0] for i in vectors if (place := slot.search(i.arguments))}
     read = {place for i, place in places.items() if not i.arguments.endswith(place)}
-    return [i for i in loop if VECTOR.search(i.arguments) and places.get(i) in read]
+    return [i for i in loop if places.get(i) in read]
 
 
 def hot_loops(path: Path) -> list[Loop]:
