@@ -50,7 +50,7 @@ def check_tensors(
     _check_cache("key_cache", key_cache)
     _check_cache("value_cache", value_cache)
     check_query(query, key_cache)
-    _require_dtype("value_cache", value_cache, query.dtype)
+    _require_dtype("value_cache", value_cache, key_cache.dtype)
     _require_shape("value_cache", value_cache, [*key_cache.shape[:3], value_cache.shape[-1]])
     check_tables(key_cache, query.shape[0], block_table, seq_lens, seq_starts)
 
@@ -58,8 +58,8 @@ def check_tensors(
 def check_keys(key_cache: Tensor) -> None:
     """Check a cache of keys alone."""
     _check_cache("key_cache", key_cache)
-    if not key_cache.dtype.is_floating_point:
-        raise TypeError(f"key_cache must have a floating dtype, got {key_cache.dtype}")
+    if not key_cache.dtype.is_floating_point and key_cache.dtype != torch.int8:
+        raise TypeError(f"key_cache must have a floating dtype or int8, got {key_cache.dtype}")
 
 
 def _check_cache(name: str, cache: Tensor) -> None:
@@ -72,10 +72,21 @@ def _check_cache(name: str, cache: Tensor) -> None:
     _require(cache.shape[1] > 0, "page_size must be at least 1, got 0")
 
 
+def check_scale(name: str, scale: Tensor | None, cache_name: str, cache: Tensor) -> None:
+    """Check the scales of an int8 cache, which others must not have."""
+    is_int8 = cache.dtype == torch.int8
+    _require(scale is None or is_int8, f"{name} is for an int8 {cache_name}, got {cache.dtype}")
+    _require(scale is not None or not is_int8, f"an int8 {cache_name} needs its {name}, got None")
+    if scale is not None:
+        _require_dtype(name, scale, torch.float32)
+        _require_shape(name, scale, list(cache.shape[:3]))
+
+
 def check_query(query: Tensor, key_cache: Tensor) -> None:
     """Check a query against its keys."""
     _require(query.ndim == 3, f"query must be [B, Hq, D], got {list(query.shape)}")
-    _require_dtype("key_cache", key_cache, query.dtype)
+    if key_cache.dtype != torch.int8:
+        _require_dtype("key_cache", key_cache, query.dtype)
     if not query.dtype.is_floating_point:
         raise TypeError(f"query must have a floating dtype, got {query.dtype}")
     num_q_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
@@ -229,18 +240,31 @@ def check_rest(query: Tensor, walk: str | Tensor, log_rest: Tensor | None, is_ne
 
 
 def check_append_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
 ) -> None:
     """Check the arguments of `append_kv`."""
     _require(
         slot_mapping.ndim in (1, 2),
         f"slot_mapping must be [T] or [T, Hkv], got {list(slot_mapping.shape)}",
     )
-    for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
+    for name, new, cache, scale in (
+        ("key", key, key_cache, key_scale),
+        ("value", value, value_cache, value_scale),
+    ):
         _require(
             cache.ndim == 4, f"{name}_cache must be [P, page_size, Hkv, D], got {list(cache.shape)}"
         )
-        _require_dtype(name, new, cache.dtype)
+        check_scale(f"{name}_scale", scale, f"{name}_cache", cache)
+        if scale is None:
+            _require_dtype(name, new, cache.dtype)
+        elif not new.dtype.is_floating_point:
+            raise TypeError(f"{name} must have a floating dtype, got {new.dtype}")
         _require_shape(name, new, [slot_mapping.shape[0], *cache.shape[2:]])
     _require_shape("value_cache", value_cache, [*key_cache.shape[:3], value_cache.shape[-1]])
     _require_dtype("slot_mapping", slot_mapping, torch.int64)

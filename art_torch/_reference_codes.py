@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from art_torch._reference_checks import check_codes, check_keys, check_page_ids, check_tables
+from art_torch._reference_checks import (
+    check_codes,
+    check_keys,
+    check_page_ids,
+    check_scale,
+    check_tables,
+)
+from art_torch._reference_rows import dequantize
 
 GROUP_TOKENS = 64
 UNIT_TOKENS = 16
@@ -96,23 +103,28 @@ def encode_keys(
     code_table: Tensor,
     *,
     coded_lens: Tensor | None = None,
+    key_scale: Tensor | None = None,
 ) -> None:
     """Write the codes of all groups that have become complete, in place.
 
     Args:
-        key_cache: `[P, page_size, Hkv, D]`.
+        key_cache: `[P, page_size, Hkv, D]`; of int8, the codes are of its keys in float32.
         block_table: int32 `[B, max_pages]` or `[B, Hkv, max_pages]`, page ids.
         seq_lens: int32 `[B]` or `[B, Hkv]`, tokens in the cache.
         key_codes: uint8 `[num_code_pages, Hkv, record_bytes(D)]`, written.
         code_table: int32 `[B, max_groups]` or `[B, Hkv, max_groups]`, the code page of each group.
         coded_lens: int32 `[B]` or `[B, Hkv]`, tokens that were in the cache when this was called
             last, default 0: groups that were complete then are left as they are.
+        key_scale: float32 `[P, page_size, Hkv]`, of an int8 `key_cache` and only there.
 
     Raises:
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape or a value out of range.
     """
     check_keys(key_cache)
+    check_scale("key_scale", key_scale, "key_cache", key_cache)
+    if key_scale is not None:
+        key_cache = dequantize(key_cache, key_scale, torch.float32)
     batch = seq_lens.shape[0] if seq_lens.ndim else 0
     num_kv_heads, head_dim = key_cache.shape[2:]
     check_tables(key_cache, batch, block_table, seq_lens, None)

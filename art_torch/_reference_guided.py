@@ -14,6 +14,7 @@ from art_torch._reference_checks import (
     check_options,
     check_page_ids,
     check_query,
+    check_scale,
     check_tables,
 )
 from art_torch._reference_codes import (
@@ -25,6 +26,7 @@ from art_torch._reference_codes import (
     of_head,
     record_bytes,
 )
+from art_torch._reference_rows import dequantize
 
 SINK_UNITS = 4  # the first 64 tokens
 STEPS = 64  # in which a logarithm to base 2 is counted
@@ -70,6 +72,7 @@ def guided_walk(
     alibi_slopes: Tensor | None = None,
     seq_starts: Tensor | None = None,
     rest: bool = False,
+    key_scale: Tensor | None = None,
 ) -> GuidedWalk:
     """Order the units of 16 tokens by the softmax mass that key codes say they have.
 
@@ -93,6 +96,7 @@ def guided_walk(
         alibi_slopes: `[Hq]`.
         seq_starts: int32 `[B]`, first visible token.
         rest: estimate `log_rest` too.
+        key_scale: float32 `[P, page_size, Hkv]`, of an int8 `key_cache` and only there.
 
     Returns:
         A `GuidedWalk`.
@@ -103,6 +107,9 @@ def guided_walk(
     """
     check_keys(key_cache)
     check_query(query, key_cache)
+    check_scale("key_scale", key_scale, "key_cache", key_cache)
+    if key_scale is not None:
+        key_cache = dequantize(key_cache, key_scale)
     check_tables(key_cache, query.shape[0], block_table, seq_lens, seq_starts)
     check_options(query, seq_lens, scale, softcap, attn_sinks, sliding_window, alibi_slopes)
     check_codes(key_codes, code_table, key_cache, block_table, record_bytes(query.shape[-1]), None)

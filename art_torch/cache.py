@@ -9,6 +9,7 @@ about models; ``art_torch.integrations`` does.
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,11 +190,15 @@ class PageTable:
             self._publish()
         return self.step
 
+    def _invisible(self, lens: IntArray) -> IntArray:
+        """Tokens that the next queries of rows of these lengths cannot see, int64 ``[rows]``."""
+        return np.maximum(0, lens + 1 - self.window) if self.window else np.zeros_like(lens)
+
     def _drop_invisible(self, lens: IntArray) -> None:
         """Hands back pages that the next queries of rows of these lengths cannot see."""
         if self.window is None:
             return
-        first = np.maximum(0, lens + 1 - self.window)
+        first = self._invisible(lens)
         self.pages.drop_before(first // self.page_size)
         self._kept_from = np.maximum(self._kept_from, first)
 
@@ -370,54 +375,128 @@ class PageTable:
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
         clone = copy.copy(self)
         memo[id(self)] = clone
-        for name in ("pages", "codes", "_lens", "_kept_from", "_real", "padded_tensor"):
+        copied = ("pages", "codes", "_lens", "_kept_from", "_real", "padded_tensor", "static_slots")
+        for name in copied:
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.block_table, clone.seq_lens = self.block_table.clone(), self.seq_lens.clone()
+        if clone.padded_tensor is not None:
+            clone.padded_tensor._art_table = weakref.ref(clone)  # type: ignore[attr-defined]
         clone._changed()
         clone._publish()
         return clone
 
     # ---------------------------------------------------------------- lengths as tensors
 
+    def bytes_to_preallocate(self, length: int) -> int:
+        """Bytes of the memory limit that :meth:`preallocate` would claim.
+
+        Raises:
+            ValueError: The table is empty or already longer.
+        """
+        if self.batch == 0:
+            raise ValueError("preallocate needs a filled cache: run the prompt through it first")
+        lens = self.seq_lens.cpu().numpy().astype(np.int64)  # right while lengths are tensors too
+        if length < lens.max():
+            raise ValueError(
+                f"preallocate needs at least the {lens.max()} tokens that are in the cache, got "
+                f"{length}"
+            )
+        page, end = self.page_size, np.full(self.batch, length)
+        drop = None if self.record_past else self._invisible(lens) // page
+        needed = self.pages.bytes_to_grow(-(-end // page), lens // page, drop)
+        return needed + (0 if self.codes is None else self.codes.bytes_to_grow(end))
+
     @torch.inference_mode(False)
     def preallocate(self, length: int) -> None:
         """Gives every row pages for ``length`` stored tokens; from now on lengths are tensors.
 
         Raises:
-            CacheMemoryError: The limit does not allow it.
+            CacheMemoryError: The limit does not allow it. Nothing has changed then.
             ValueError: The table is empty or already longer.
         """
-        if self.batch == 0:
-            raise ValueError("preallocate needs a filled cache: run the prompt through it first")
-        longest = int(self._lens.max())
-        if length < longest:
-            raise ValueError(
-                f"preallocate needs at least the {longest} tokens that are in the cache, got "
-                f"{length}"
-            )
+        self.pages.budget.claim(0, self.device, self.bytes_to_preallocate(length))
         before = self._lens.astype(np.int64)
         if not self.record_past:
             self._drop_invisible(before)
         page = self.page_size
         end = np.full(self.batch, -(-length // page))
-        codes = 0 if self.codes is None else self.codes.bytes_to_grow(np.full_like(end, length))
-        self.pages.make_room(np.zeros_like(before), end, before // page, codes)
+        self.pages.make_room(np.zeros_like(before), end, before // page)
         if self.codes is not None:
             self.codes.grow(None, np.full_like(end, length))
         self._changed()
         self._publish()
         self.padded_tensor = torch.tensor(self.padded_len, dtype=torch.int64, device=self.device)
-        self.static_len = length
+        self.padded_tensor._art_table = weakref.ref(self)  # type: ignore[attr-defined]
+        self.static_slots = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        if self.codes is not None:
+            self.codes.coded_lens = self.seq_lens.clone()
+        self.static_len, self._mask_checked = length, False
+        self._mark_static()
+
+    def _mark_static(self) -> None:
+        """Tells compilers which tensors keep their place, for graphs that write to them."""
+        if self.device.type == "cpu":
+            return
+        tensors = [self.block_table, self.seq_lens, self.padded_tensor, self.static_slots]
+        for storage in self.pages.storages:
+            tensors += [storage.key_cache, storage.value_cache, *storage.scales.values()]
+        if self.codes is not None:
+            tensors += [self.codes.code_table, self.codes.coded_lens]
+            tensors += [storage.key_codes for storage in self.codes.groups.storages]
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def check_mask(self, mask: Tensor) -> None:
+        """Checks the mask of a step while lengths are tensors.
+
+        On a GPU that waits for it, so there only the first mask is looked at: ``generate`` appends
+        to it. Its length is checked always.
+
+        Args:
+            mask: bool ``[batch, tokens]``, False for a pad, the new token included.
+
+        Raises:
+            ValueError: It hides other tokens than the pads, which were not stored, or shows more
+                than there is room for.
+        """
+        tokens, real = mask.shape[1], self._real
+        known = 0 if real is None else real.shape[1]
+        pads = 0 if real is None else int((~real).sum(1).min())
+        if tokens - pads > self.static_len:
+            raise ValueError(
+                f"this ARTCache has room for {self.static_len} tokens a row, and a row would have "
+                f"{tokens - pads}: pass a larger max_length"
+            )
+        if self._mask_checked and mask.device.type != "cpu":
+            return
+        self._mask_checked = True
+        seen = mask.cpu().numpy()
+        agrees = real is None or np.array_equal(seen[:, :known], real)
+        if not agrees or not seen[:, known:].all():
+            raise ValueError(
+                "a step on a preallocated ARTCache sees all tokens that are stored, and this "
+                "attention mask hides some of them: crop() or reset() the cache instead"
+            )
 
     def advance(self) -> None:
         """Counts one token per row, with tensor arithmetic only; sets ``static_slots``."""
         assert self.padded_tensor is not None
+        assert self.static_slots is not None
         position = self.seq_lens.to(torch.int64)
+        # Entries behind those pages may be any.
+        torch._assert_async(
+            (position < self.static_len).all(),
+            f"a row of this ARTCache has no room left: it was preallocated for {self.static_len}",
+        )
         entry = torch.div(position, self.page_size, rounding_mode="floor")
         page = self.block_table.gather(1, entry[:, None])[:, 0].to(torch.int64)
-        self.static_slots = page * self.page_size + position % self.page_size
-        if self.codes is not None:
-            self.codes.coded_lens = self.seq_lens.clone()
+        # In place: a recorded graph writes to the tensors that it was recorded with.
+        self.static_slots.copy_(page * self.page_size + position % self.page_size)
+        if (codes := self.codes) is not None:
+            if codes.coded_lens is None:
+                codes.coded_lens = self.seq_lens.clone()
+            else:
+                codes.coded_lens.copy_(self.seq_lens)
         self.seq_lens.add_(1)
         self.padded_tensor.add_(1)
 

@@ -92,6 +92,7 @@ def encode_keys(
     *,
     coded_lens: Tensor | None = None,
     checked: bool | None = None,
+    key_scale: Tensor | None = None,
 ) -> None:
     """Writes the codes of all groups of 64 tokens that have become complete, in place.
 
@@ -113,6 +114,8 @@ def encode_keys(
         coded_lens: ``[batch]`` or ``[batch, num_kv_heads]`` int32, default 0: groups complete in
             this many tokens are left as they are.
         checked: Also checks what costs time on a GPU: the indices. On the CPU they always are.
+        key_scale: ``[num_pages, page_size, num_kv_heads]`` float32, of an int8 ``key_cache`` and
+            only there. Encoded is the product of scale and code, in float32.
 
     Raises:
         ValueError: A shape, size or index is out of range.
@@ -120,7 +123,8 @@ def encode_keys(
     """
     tensors = (key_cache, block_table, seq_lens, key_codes, code_table)
     check_tensors("encode_keys", _ENCODE_TENSORS, tensors)
-    call(torch.ops.art.encode_keys.default, *tensors, coded_lens=coded_lens, checked=checked)
+    options = dict(coded_lens=coded_lens, checked=checked, key_scale=key_scale)
+    call(torch.ops.art.encode_keys.default, *tensors, **options)
 
 
 def guided_walk(
@@ -139,6 +143,7 @@ def guided_walk(
     seq_starts: Tensor | None = None,
     checked: bool | None = None,
     rest: bool = False,
+    key_scale: Tensor | None = None,
 ) -> GuidedWalk:
     """Orders a cache by the softmax mass that the codes of its keys say it has.
 
@@ -163,6 +168,8 @@ def guided_walk(
         seq_starts: ``[batch]`` int32, first visible token (left padding).
         checked: Also checks what costs time on a GPU: the indices. On the CPU they always are.
         rest: Also estimates what is left after each entry of the walk: ``log_rest``.
+        key_scale: ``[num_pages, page_size, num_kv_heads]`` float32, of an int8 ``key_cache`` and
+            only there.
 
     Returns:
         :class:`GuidedWalk`.
@@ -184,6 +191,7 @@ def guided_walk(
         seq_starts=seq_starts,
         checked=checked,
         rest=rest,
+        key_scale=key_scale,
     )
     return GuidedWalk(*results)
 

@@ -90,6 +90,8 @@ def decode_attention(
     key_codes: Tensor | None = None,
     code_table: Tensor | None = None,
     log_rest: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     batch_invariant: bool = False,
     checked: bool | None = None,
     out: DecodeResult | None = None,
@@ -104,11 +106,11 @@ def decode_attention(
     Args:
         query: ``[batch, num_q_heads, head_dim]``, float32, float16 or bfloat16; ``head_dim`` a
             multiple of 8 from 32 to 256, its dimension contiguous.
-        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of the query, any
-            strides with either the last or the token dimension contiguous; ``num_kv_heads``
-            divides ``num_q_heads``.
-        value_cache: ``[num_pages, page_size, num_kv_heads, value_dim]``, dtype of the query, last
-            dimension contiguous; ``value_dim`` a multiple of 8 from 32 to 256.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of the query or, on the
+            CPU, int8; any strides with either the last or the token dimension contiguous;
+            ``num_kv_heads`` divides ``num_q_heads``.
+        value_cache: ``[num_pages, page_size, num_kv_heads, value_dim]``, dtype of ``key_cache``,
+            last dimension contiguous; ``value_dim`` a multiple of 8 from 32 to 256.
         block_table: ``[batch, max_pages]`` or ``[batch, num_kv_heads, max_pages]`` int32 page ids.
             Entries of pages without a visible token are never read.
         seq_lens: ``[batch]`` or ``[batch, num_kv_heads]`` int32, tokens present.
@@ -140,6 +142,10 @@ def decode_attention(
             at the entry of its last unit; entries without a visible token, which are dropped, and
             those from ``walk_lens`` on may hold anything. The guided walk brings its own; other
             criteria refuse it.
+        key_scale: ``[num_pages, page_size, num_kv_heads]`` float32, any strides; of an int8
+            ``key_cache`` and only there. A key is its codes times the scale of its token and head,
+            as :func:`append_kv` writes them.
+        value_scale: Likewise.
         batch_invariant: The bits of a sequence's result do not depend on the batch. On the CPU
             this is always so; on a GPU it costs a few percent.
         checked: Also checks what costs time (on the CPU: units listed twice). Default: the
@@ -165,13 +171,14 @@ def decode_attention(
         alibi_slopes=as_float32(alibi_slopes),
         seq_starts=seq_starts,
     )
+    scales = dict(key_scale=key_scale, value_scale=value_scale)
     is_guided = isinstance(walk, str) and walk == "guided"
     if is_guided:
         codes = guided_codes(key_codes, code_table, walk_lens, num_pinned, log_rest, unit_size)
         rest = rules.residual_mass is not None
         walk, walk_lens, num_pinned, _, log_rest = guided_walk(
             query, key_cache, block_table, seq_lens, *codes, **logits,
-            sliding_window=sliding_window, checked=checked, rest=rest,
+            sliding_window=sliding_window, checked=checked, rest=rest, key_scale=key_scale,
         )  # fmt: skip
         log_rest = log_rest if rest else None
     elif key_codes is not None or code_table is not None:
@@ -182,6 +189,7 @@ def decode_attention(
         )
     arguments = _without_defaults(
         **logits,
+        **scales,
         sliding_window=window_argument("decode_attention", sliding_window),
         walk_lens=walk_lens,
         block_size=block_size,
@@ -200,25 +208,41 @@ def decode_attention(
 
 
 def append_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None:
     """Writes new tokens into a paged KV cache, in place.
 
     Args:
         key: ``[tokens, num_kv_heads, head_dim]``.
         value: ``[tokens, num_kv_heads, value_dim]``.
-        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of ``key``.
-        value_cache: ``[num_pages, page_size, num_kv_heads, value_dim]``, dtype of ``value``.
+        key_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, dtype of ``key``, or on the
+            CPU int8: rows of float32, float16 or bfloat16 are then rounded to the nearest of 255
+            multiples of a scale of their own, 1/127 of their largest magnitude. The bytes are those
+            of :func:`art_torch.reference.quantize`.
+        value_cache: ``[num_pages, page_size, num_kv_heads, value_dim]``, dtype of ``value``, or
+            int8 likewise.
         slot_mapping: ``[tokens]`` or ``[tokens, num_kv_heads]`` int64: page * page_size + offset
             of each token, -1 to skip it. Two tokens with one slot are undefined.
+        key_scale: ``[num_pages, page_size, num_kv_heads]`` float32, written; of an int8
+            ``key_cache`` and only there.
+        value_scale: Likewise.
 
     Raises:
-        ValueError: A shape or a slot is out of range.
+        ValueError: A shape or a slot is out of range; an int8 cache lacks its scales, or another
+            one has some.
         TypeError: A dtype is wrong.
     """
     tensors = (key, value, key_cache, value_cache, slot_mapping)
     check_tensors("append_kv", _APPEND_TENSORS, tensors)
-    call(torch.ops.art.append_kv.default, *tensors)
+    scales = dict(key_scale=key_scale, value_scale=value_scale)
+    call(torch.ops.art.append_kv.default, *tensors, **scales)
 
 
 def _decode_attention_fake(
@@ -255,7 +279,7 @@ def _decode_attention_out_fake(
     check_one_device("decode_attention", _DECODE_TENSORS, tensors)
 
 
-def _append_kv_fake(*tensors: Tensor) -> None:
+def _append_kv_fake(*tensors: Tensor, **_: Any) -> None:
     check_one_device("append_kv", _APPEND_TENSORS, tensors)
 
 

@@ -9,7 +9,7 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "CacheMemoryError",
     "GrowingPool",
     "MemoryBudget",
+    "PagePart",
     "PageStorage",
     "default_max_bytes",
     "reserve",
@@ -146,6 +147,18 @@ class GrowingPool(ABC):
         """Shows the first ``num_pages`` pages."""
 
 
+class PagePart(NamedTuple):
+    """A part of a page, dense in memory: ``[num_kv_heads, page_size, ...]``."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class PageStorage(GrowingPool):
     """Keys and values of one layer, in pages.
 
@@ -166,6 +179,7 @@ class PageStorage(GrowingPool):
     Attributes:
         key_cache: ``[used_pages, page_size, num_kv_heads, head_dim]``, strided.
         value_cache: ``[used_pages, page_size, num_kv_heads, value_dim]``, strided.
+        scales: What else operators want to know of both, by the names of their arguments.
         used_pages: Pages that :meth:`ensure` made usable, the null page among them.
         page_bytes: Bytes of one page, keys and values.
     """
@@ -182,10 +196,22 @@ class PageStorage(GrowingPool):
     ) -> None:
         self.num_kv_heads, self.head_dim, self.value_dim = num_kv_heads, head_dim, value_dim
         self.page_size, self.dtype, self.device = page_size, dtype, device
-        self.page_bytes = num_kv_heads * page_size * (head_dim + value_dim) * dtype.itemsize
+        self._parts = self.parts_of(num_kv_heads, head_dim, value_dim, page_size, dtype)
+        self.page_bytes = sum(part.num_bytes for part in self._parts)
         self._allocate(max(max_pages, 2) if device.type == "cpu" else 2)
         self.foreign_writes = 0
         self._use(1)
+
+    @classmethod
+    def parts_of(
+        cls, num_kv_heads: int, head_dim: int, value_dim: int, page_size: int, dtype: torch.dtype
+    ) -> tuple[PagePart, ...]:
+        """What a page consists of, in memory one behind the other; every other part is of keys."""
+        tokens = (num_kv_heads, page_size)
+        return PagePart(dtype, (*tokens, head_dim)), PagePart(dtype, (*tokens, value_dim))
+
+    def _writes_to_keys(self) -> int:
+        return sum(pool._version for pool in self._pools[::2])
 
     @property
     def foreign_writes(self) -> int:
@@ -193,11 +219,11 @@ class PageStorage(GrowingPool):
 
         :func:`art_torch.append_kv` does not count. Set it to 0 to accept what was written.
         """
-        return self._pools[0]._version - self._own_version
+        return self._writes_to_keys() - self._own_version
 
     @foreign_writes.setter
     def foreign_writes(self, count: int) -> None:
-        self._own_version = self._pools[0]._version - count
+        self._own_version = self._writes_to_keys() - count
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copies pages ``source`` to pages ``target``, both int64 ``[n]`` page ids."""
@@ -206,7 +232,7 @@ class PageStorage(GrowingPool):
         self.foreign_writes = foreign
 
     def _fill(self, old: tuple[Tensor, ...], used: int) -> None:
-        foreign = old[0]._version - self._own_version
+        foreign = sum(pool._version for pool in old[::2]) - self._own_version
         super()._fill(old, used)
         self.foreign_writes = foreign
 
@@ -231,26 +257,26 @@ class PageStorage(GrowingPool):
         # No more than what is used is shown: a compiler that copies what an operator writes to
         # would otherwise commit the whole reservation.
         self.used_pages = num_pages
-        keys, values = self._pools  # [capacity, num_kv_heads, page_size, head_dim or value_dim]
-        self.key_cache = keys[:num_pages].transpose(1, 2)
-        self.value_cache = values[:num_pages].transpose(1, 2)
+        # [num_pages, num_kv_heads, page_size, head_dim or value_dim]
+        shown = [pool[:num_pages].transpose(1, 2) for pool in self._pools]
+        self.key_cache, self.value_cache = shown[:2]
+        self.scales = dict(zip(("key_scale", "value_scale"), shown[2:], strict=False))
 
     # Inference tensors would not count what is written to them.
     @torch.inference_mode(False)
     def _allocate(self, num_pages: int) -> None:
-        shape = (num_pages, self.num_kv_heads, self.page_size)
         if self.device.type == "cpu":
             region, start = reserve(num_pages * self.page_bytes)
-            stride = self.page_bytes // self.dtype.itemsize
-            values_start = start + shape[1] * shape[2] * self.head_dim * self.dtype.itemsize
-            self._pools = (
-                view(region, start, self.dtype, (*shape, self.head_dim), stride),
-                view(region, values_start, self.dtype, (*shape, self.value_dim), stride),
-            )
+            pools = []
+            for dtype, shape in self._parts:
+                stride = self.page_bytes // dtype.itemsize
+                pools.append(view(region, start, dtype, (num_pages, *shape), stride))
+                start += PagePart(dtype, shape).num_bytes
+            self._pools = tuple(pools)
         else:
-            options: Any = {"dtype": self.dtype, "device": self.device}
             self._pools = tuple(
-                torch.empty(*shape, dim, **options) for dim in (self.head_dim, self.value_dim)
+                torch.empty(num_pages, *shape, dtype=dtype, device=self.device)
+                for dtype, shape in self._parts
             )
             for pool in self._pools:
                 pool[NULL_PAGE].zero_()

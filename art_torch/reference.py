@@ -32,15 +32,16 @@ import torch
 from torch import Tensor
 
 from art_torch._reference_checks import (
-    check_append_kv,
     check_options,
     check_page_ids,
     check_rest,
+    check_scale,
     check_tensors,
     check_walk,
 )
 from art_torch._reference_codes import decode_keys, encode_keys
 from art_torch._reference_guided import GuidedWalk, guided_walk
+from art_torch._reference_rows import append_kv, dequantize, quantize
 from art_torch._reference_stops import (
     MARGIN,
     PROBABILITY_ROUNDING,
@@ -65,9 +66,11 @@ __all__ = [
     "decision_margin",
     "decode_attention",
     "decode_keys",
+    "dequantize",
     "encode_keys",
     "guided_walk",
     "output_change",
+    "quantize",
 ]
 
 SINK_TOKENS = 64  # tokens that `sink_recent` reads first, and pins at either end
@@ -117,6 +120,8 @@ def decode_attention(
     alibi_slopes: Tensor | None = None,
     seq_starts: Tensor | None = None,
     log_rest: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> ReferenceResult:
     """Attend with one query token per sequence, block by block, until the output stops changing.
 
@@ -124,9 +129,9 @@ def decode_attention(
 
     Args:
         query: `[B, Hq, D]`, any floating dtype; everything is computed in float64.
-        key_cache: `[P, page_size, Hkv, D]`, the dtype of `query`, any strides; Hq is a multiple of
-            Hkv.
-        value_cache: `[P, page_size, Hkv, Dv]`, the dtype of `query`, any strides.
+        key_cache: `[P, page_size, Hkv, D]`, the dtype of `query` or int8, any strides; Hq is a
+            multiple of Hkv.
+        value_cache: `[P, page_size, Hkv, Dv]`, the dtype of `key_cache`, any strides.
         block_table: int32 `[B, max_pages]`, or `[B, Hkv, max_pages]` per head: page ids. Entries of
             pages without a visible token may hold anything.
         seq_lens: int32 `[B]`, or `[B, Hkv]` per head: tokens in the cache, the query's own token
@@ -152,6 +157,9 @@ def decode_attention(
             true or estimated. After a block, the entry of its last unit counts. So entries of units
             without a visible token, which are dropped, may hold anything, and so may those from
             `walk_lens` on.
+        key_scale: float32 `[P, page_size, Hkv]`, of an int8 `key_cache` and only there: a key is
+            its codes times the scale of its token and head, see `quantize`.
+        value_scale: likewise.
 
     Returns:
         A `ReferenceResult`.
@@ -163,6 +171,13 @@ def decode_attention(
             `seq_lens`; `ResidualMass` lacks its `log_rest`, or `log_rest` a `ResidualMass`.
     """
     check_tensors(query, key_cache, value_cache, block_table, seq_lens, seq_starts)
+    check_scale("key_scale", key_scale, "key_cache", key_cache)
+    check_scale("value_scale", value_scale, "value_cache", value_cache)
+    if key_scale is not None and value_scale is not None:
+        key_cache, value_cache = (
+            dequantize(key_cache, key_scale),
+            dequantize(value_cache, value_scale),
+        )
     check_options(query, seq_lens, scale, softcap, attn_sinks, sliding_window, alibi_slopes)
     check_walk(block_table, value_cache, walk, walk_lens, num_pinned, block_size, unit_size)
     batch, num_q_heads, head_dim = query.shape
@@ -351,31 +366,3 @@ def _attend(
         if counter.stops(stable, covered):
             return output, lse, tokens_read, j, trace, rests
     return output, lse, tokens_read, -1, trace, rests
-
-
-@torch.no_grad()
-def append_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    """Write new tokens into the pages of a cache, in place.
-
-    Args:
-        key: `[T, Hkv, D]`.
-        value: `[T, Hkv, Dv]`.
-        key_cache: `[P, page_size, Hkv, D]`, the dtype of `key`.
-        value_cache: `[P, page_size, Hkv, Dv]`, the dtype of `value`.
-        slot_mapping: int64 `[T]`, or `[T, Hkv]` per head: `page * page_size + offset`; -1 skips the
-            token. A slot named twice is undefined.
-
-    Raises:
-        TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape or a slot is out of range.
-    """
-    check_append_kv(key, value, key_cache, value_cache, slot_mapping)
-    page_size, num_kv_heads = key_cache.shape[1:3]
-    for h in range(num_kv_heads):
-        slots = slot_mapping if slot_mapping.ndim == 1 else slot_mapping[:, h]
-        kept = slots != -1
-        page, offset = slots[kept] // page_size, slots[kept] % page_size
-        key_cache[:, :, h][page, offset] = key[kept, h]
-        value_cache[:, :, h][page, offset] = value[kept, h]

@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
-from art_torch import Stability
+from art_torch import Stability, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CACHE_DTYPES = (*DTYPES, torch.int8)  # for `build`
 GARBAGE_PAGE = 2**31 - 1  # in block tables, where no page is ever looked up
 
 
@@ -56,6 +58,15 @@ class Inputs:
     def dtype(self):
         return self.tensors[0].dtype
 
+    @property
+    def caches(self):
+        """Keys and values as numbers."""
+        scales = (self.options.get("key_scale"), self.options.get("value_scale"))
+        return [
+            cache if scale is None else reference.dequantize(cache, scale)
+            for cache, scale in zip(self.tensors[1:3], scales, strict=True)
+        ]
+
     def to(self, device):
         """The same call on another device; caches may get another layout there."""
         options = {
@@ -102,8 +113,15 @@ def empty_caches(layout, num_pages, page_size, num_kv_heads, head_dim, value_dim
     raise ValueError(layout)
 
 
-def build(case, dtype, device="cpu", seed=0):
-    """Random inputs of a case; tokens that may not be read are NaN, such page ids are garbage."""
+def build(case, dtype, device="cpu", seed=0, query_dtype=torch.float32):
+    """Random inputs of a case; tokens that may not be read are NaN, such page ids are garbage.
+
+    `dtype` is that of all tensors, or int8: of caches, for a query of `query_dtype`.
+    """
+    if dtype == torch.int8:
+        if torch.device(device).type != "cpu":
+            pytest.skip("int8 caches run on the CPU")
+        return quantized(build(case, query_dtype, device, seed))
     g = torch.Generator().manual_seed(seed)
     batch, h = len(case.seq_lens), case.num_kv_heads
     lens = torch.tensor(case.seq_lens, dtype=torch.int32)
@@ -157,6 +175,27 @@ def build(case, dtype, device="cpu", seed=0):
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     tensors = (query.to(dtype), *caches, table, lens)
     return Inputs(tuple(t.to(device) for t in tensors), options)
+
+
+def quantized(inputs):
+    """The same call with int8 caches of the same layout; what was NaN has the scale NaN."""
+    query, *caches, table, lens = inputs.tensors
+    codes, scales = zip(*map(_quantized_cache, caches), strict=True)
+    options = {**inputs.options, "key_scale": scales[0], "value_scale": scales[1]}
+    return Inputs((query, *codes, table, lens), options)
+
+
+def _quantized_cache(cache):
+    if cache.stride(2) == 0 and cache.shape[2] > 1:  # one pool for all heads
+        codes, scale = _quantized_cache(cache[:, :, :1])
+        return codes.expand(cache.shape), scale.expand(cache.shape[:3])
+    memory = torch.zeros(cache.untyped_storage().nbytes() // cache.itemsize, dtype=torch.int8)
+    codes = memory.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+    new, scale = reference.quantize(cache)
+    codes.copy_(new)
+    if cache.stride(2) > cache.stride(1):  # the tokens of a head are adjacent
+        scale = scale.transpose(1, 2).contiguous().transpose(1, 2)
+    return codes, scale
 
 
 def _logit_options(case, g):

@@ -10,7 +10,7 @@ from art_torch._reference_guided import order_units, rest_after
 
 GROUP, UNIT = 64, 16
 LOGIT_OPTIONS = (
-    "scale", "softcap", "attn_sinks", "sliding_window", "alibi_slopes", "seq_starts",
+    "scale", "softcap", "attn_sinks", "sliding_window", "alibi_slopes", "seq_starts", "key_scale",
 )  # fmt: skip
 STEPS_PER_NAT = 64 / math.log(2)
 
@@ -51,7 +51,7 @@ def with_codes(inputs, seed=0):
     pool, code_table = code_arguments(inputs, seed)
     # Whoever encodes has all tokens; here those that are not visible come from some page.
     known = table.where(table != GARBAGE_PAGE, 0)
-    encode_keys(keys, known, lens, pool, code_table)
+    encode_keys(keys, known, lens, pool, code_table, key_scale=inputs.options.get("key_scale"))
     used = code_table.clone()
     for b, h in [(b, h) for b in range(len(table)) for h in range(keys.shape[2])]:
         visible = visible_of(inputs, b, h)
@@ -170,7 +170,8 @@ def _exact_steps(inputs, codes, b, h):
 
 def _exact_lse(inputs, codes, b, h):
     """Of every unit and of all of them with the sinks, for each query head; and that magnitude."""
-    query, keys, _, table, _ = (t.cpu() for t in inputs.tensors)
+    query, _, _, table, _ = (t.cpu() for t in inputs.tensors)
+    keys = inputs.caches[0].cpu()
     options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.options.items()}
     pool, code_table = (t.cpu() for t in codes)
     visible, group_size = visible_of(inputs, b, h), query.shape[1] // keys.shape[2]

@@ -101,7 +101,8 @@ def plain(inputs, b, heads, h, tokens, dtype):
 
     Returns out and lse as float64, and the magnitude of the terms that the logits are summed from.
     """
-    query, key_cache, value_cache, table, lens = (t.cpu() for t in inputs.tensors)
+    query, _, _, table, lens = (t.cpu() for t in inputs.tensors)
+    key_cache, value_cache = (t.cpu() for t in inputs.caches)
     options = inputs.options
     table = table[b] if table.ndim == 2 else table[b, h]
     page_size = key_cache.shape[1]

@@ -84,6 +84,17 @@ def test_any_call_agrees_with_the_reference(case, dtype, criterion, seed, device
     check(build(case, dtype, device, seed), criterion)
 
 
+@SETTINGS
+@given(
+    case=cases(),
+    query_dtype=st.sampled_from(DTYPES),
+    criterion=st.none() | st.builds(Stability, thresholds, thresholds, st.integers(1, 4)),
+    seed=st.integers(0, 2**31),
+)
+def test_any_call_over_int8_agrees_with_the_reference(case, query_dtype, criterion, seed):
+    check(build(case, torch.int8, seed=seed, query_dtype=query_dtype), criterion)
+
+
 @settings(SETTINGS, max_examples=120)
 @given(
     case=cases(), dtype=st.sampled_from(DTYPES), eps=st.floats(0, 1, exclude_max=True),
@@ -135,3 +146,24 @@ def test_any_append_agrees_with_the_reference(pages, page_size, heads, dims, dty
     append_kv(*new, *ours, mapping.to(device))
     reference.append_kv(*new, *theirs, mapping.to(device))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@SETTINGS
+@given(
+    rows=st.lists(
+        st.lists(st.floats(width=32) | st.floats(-10, 10, width=32), min_size=8, max_size=8),
+        min_size=1,
+        max_size=20,
+    ),
+    copies=st.integers(4, 32),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_int8_row_has_the_bytes_of_the_reference(rows, copies, dtype):
+    new = torch.tensor(rows).repeat(1, copies).to(dtype)[:, None]
+    cache = torch.zeros(len(rows), 1, 1, new.shape[-1], dtype=torch.int8)
+    scale = torch.zeros(len(rows), 1, 1)
+    slots = torch.arange(len(rows))
+    append_kv(new, new, cache, cache.clone(), slots, key_scale=scale, value_scale=scale.clone())
+    codes, expected = reference.quantize(new)
+    assert torch.equal(cache[:, 0], codes)
+    assert torch.equal(scale[:, 0].view(torch.int32), expected.view(torch.int32))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, build, empty_caches
+from cases import CACHE_DTYPES, CASES, DTYPES, Case, build, empty_caches
 from coded import GROUP, code_arguments, empty_pool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,7 +37,7 @@ def assert_record(keys, device):
     return record
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", ENCODED, **by_name)
 def test_same_bytes_as_the_reference(case, dtype, device):
     inputs = build(case, dtype, device)
@@ -46,8 +46,9 @@ def test_same_bytes_as_the_reference(case, dtype, device):
     expected = pool.clone()
     if keys.stride(2) == 0:
         expected = expected[:, :1].clone().expand_as(pool)
-    encode_keys(keys, table, lens, pool, code_table)
-    reference.encode_keys(keys, table, lens, expected, code_table)
+    scale = {"key_scale": inputs.options.get("key_scale")}
+    encode_keys(keys, table, lens, pool, code_table, **scale)
+    reference.encode_keys(keys, table, lens, expected, code_table, **scale)
     assert torch.equal(pool, expected)
     groups = sum(int(n) // GROUP for n in lens.flatten()) * (1 if lens.ndim == 2 else 2)
     if case.num_kv_heads == 2 and keys.stride(2) != 0 and table.ndim == 2:

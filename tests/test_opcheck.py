@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LOOSE, Case, build
+from cases import CACHE_DTYPES, CASES, LOOSE, Case, build
 from coded import LOGIT_OPTIONS, call_guided, guided_inputs, with_codes
 from rests import bare_arguments as arguments_of
 
@@ -35,7 +35,7 @@ def bare_arguments(inputs, **more):
     return inputs.tensors, options | limits | more
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=lambda case: case.name)
 def test_opcheck_decode_attention(case, dtype, device):
     args, kwargs = bare_arguments(build(case, dtype, device))
@@ -86,7 +86,7 @@ def guided_arguments(case, dtype, device):
     return (query, keys, table, lens, *with_codes(inputs)), options
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("name", ["everything", "per_head_lens", "layout_dense", "layout_hnd"])
 def test_opcheck_guided_walk(name, dtype, device):
     (case,) = (case for case in CASES if case.name == name)

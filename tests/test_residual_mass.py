@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BASE, CASES, DTYPES, PLANE, Case, Inputs, build, plane_cache
+from cases import BASE, CACHE_DTYPES, CASES, DTYPES, PLANE, Case, Inputs, build, plane_cache
 from coded import call_guided, guided_inputs, with_codes
 from contract import Tally, check
 from rests import bare_arguments, with_true_rest, without_rest
@@ -70,7 +70,7 @@ def check_all(inputs, report, name):
     assert len(stops) >= 4
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", WALKS, **by_name)
 def test_true_rests_against_the_reference(case, dtype, device, report):
     check_all(with_true_rest(build(case, dtype, device)), report, case.name)
@@ -82,7 +82,7 @@ def guided(case, dtype, device):
     return guided_inputs(inputs, call_guided(guided_walk, inputs, codes, rest=True)), codes
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", GUIDED, **by_name)
 def test_estimated_rests_against_the_reference(case, dtype, device, report):
     inputs, (pool, table) = guided(case, dtype, device)
@@ -98,7 +98,7 @@ def test_estimated_rests_against_the_reference(case, dtype, device, report):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-4, 0.01, 0.1, 0.5, 0.99])
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", [*EXPLICIT, WALKS[-3], WALKS[-5]], **by_name)
 def test_a_true_rest_bounds_what_is_missing(case, dtype, eps, device):
     """Exactly what is read of the softmax mass, sinks included, is at least 1 - eps."""
@@ -247,7 +247,7 @@ def test_every_head_of_a_group_must_be_covered(function, device):
 
 
 @pytest.mark.parametrize("criterion", [CRITERIA[3], CRITERIA[8], CRITERIA[11]], **by_text)
-@pytest.mark.parametrize("dtype", DTYPES, **by_dtype)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, **by_dtype)
 @pytest.mark.parametrize("case", [WALKS[3], WALKS[-2], *GUIDED[:2]], **by_name)
 def test_any_splits_threads_and_batch(case, dtype, criterion, device):
     """On a GPU one thread block for each sequence and head is a schedule with bits of its own."""

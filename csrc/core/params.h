@@ -5,7 +5,7 @@
 
 namespace art {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt8 };
 
 enum class WalkOrder : int32_t { kOldestFirst, kRecentFirst, kSinkRecent, kExplicit };
 
@@ -18,8 +18,21 @@ struct PagedCache {
   int64_t dim_stride;  // 1, or for keys anything when token_stride is 1
 };
 
+// What the rows of an int8 cache are multiplied by, see core/int8_rows.h. Strides are in elements.
+struct PagedScales {
+  const float* data;  // [num_pages, page_size, num_kv_heads], or null: the cache is not int8
+  int64_t page_stride;
+  int64_t token_stride;
+  int64_t head_stride;
+
+  const float* at(int64_t page, int64_t offset, int32_t head) const {
+    return data + page * page_stride + offset * token_stride + head * head_stride;
+  }
+};
+
 struct DecodeParams {
-  DType dtype;  // of query, keys, values and out
+  DType dtype;        // of keys and values
+  DType query_dtype;  // of query and out: the same, except for int8 keys and values
 
   int32_t batch;
   int32_t num_q_heads;
@@ -36,6 +49,8 @@ struct DecodeParams {
   int64_t query_head_stride;
   PagedCache key;
   PagedCache value;
+  PagedScales key_scale;
+  PagedScales value_scale;
 
   const int32_t* block_table;  // [batch, max_pages] or [batch, num_kv_heads, max_pages]
   int64_t block_table_batch_stride;
@@ -117,7 +132,8 @@ struct AppendParams {
   int64_t num_kv_heads;
   int64_t dim;
   int64_t page_size;
-  int64_t element_size;  // bytes; strides are in elements
+  DType source_dtype;
+  int64_t element_size;  // bytes of the source; strides are in elements
 
   const void* source;  // [num_tokens, num_kv_heads, dim]
   int64_t source_token_stride;
@@ -129,6 +145,12 @@ struct AppendParams {
   int64_t token_stride;
   int64_t head_stride;
   int64_t dim_stride;
+
+  // Of an int8 cache; null: the cache takes the source as it is.
+  float* scale;  // [num_pages, page_size, num_kv_heads]
+  int64_t scale_page_stride;
+  int64_t scale_token_stride;
+  int64_t scale_head_stride;
 
   const int64_t* slots;  // [num_tokens] or [num_tokens, num_kv_heads]; -1: skip
   int64_t slots_token_stride;

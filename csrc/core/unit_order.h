@@ -66,31 +66,26 @@ struct ScaledMass {
   ART_HD int32_t steps(int32_t reached) const { return 64 * (exponent - 31) + reached; }
 };
 
-struct PowerTable {
-  ART_HD uint32_t operator[](uint32_t fraction) const { return power_of_fraction(fraction); }
-};
-
-// In seven comparisons, for the powers ascend. `powers`: power_of_fraction(), or a copy of its
-// table.
-template <class Powers = PowerTable>
-ART_HD int32_t steps_of_mass(uint64_t mass, const Powers& powers = {}) {
+// In seven comparisons, for the powers ascend.
+ART_HD int32_t steps_of_mass(uint64_t mass) {
   const ScaledMass scaled(mass);
   int32_t reached = 0;
   for (int32_t more = 64; more > 0; more /= 2) {
     const int32_t next = reached + more;
-    if (next <= 64 && scaled.reaches(powers[64 - next])) reached = next;
+    if (next <= 64 && scaled.reaches(power_of_fraction(64 - next))) reached = next;
   }
   return scaled.steps(reached);
 }
 
 // The same as a natural logarithm, of the mass after an entry of a walk. `largest`: steps of the
 // head's largest unit, to which masses are relative. At the limit of int16 that is only a lower
-// bound, and so would this be: then nobody shall trust it.
-template <class Powers = PowerTable>
-ART_HD float log_of_rest(uint64_t mass, int32_t largest, const Powers& powers = {}) {
+// bound, and so would this be: then nobody shall trust it. `steps_of`: steps_of_mass(), or what
+// gives the same.
+template <class StepsOf>
+ART_HD float log_of_rest(uint64_t mass, int32_t largest, const StepsOf& steps_of) {
   if (mass == 0) return -INFINITY;
   if (largest == kMostSteps) return INFINITY;
-  return static_cast<float>(largest + steps_of_mass(mass, powers)) * kNatsPerStep;
+  return static_cast<float>(largest + steps_of(mass)) * kNatsPerStep;
 }
 
 ART_HD int32_t bucket_of(int32_t score, int32_t best) {

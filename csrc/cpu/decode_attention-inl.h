@@ -7,21 +7,44 @@ namespace {
 // Elements of a row of values that are ever written; those from here to padded() are not.
 ART_INLINE int32_t whole_vectors(int32_t dim) { return round_up(dim, kLanes); }
 
-template <class T>
-void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) {
+template <class T, class Query>
+void load_query_as(const DecodeParams& params, const Item& item, Scratch& scratch) {
   const int32_t row = padded(params.head_dim);
   const int32_t rows = round_up(params.group_size, kHeadsPerPass);
   __builtin_memset(scratch.query, 0, sizeof(float) * rows * row);
   for (int32_t g = 0; g < params.group_size; ++g) {
     const int64_t head = int64_t{item.kv_head} * params.group_size + g;
-    const T* from = static_cast<const T*>(params.query) + item.batch * params.query_batch_stride +
-                    head * params.query_head_stride;
+    const Query* from = static_cast<const Query*>(params.query) +
+                        item.batch * params.query_batch_stride + head * params.query_head_stride;
     for (int32_t d = 0; d < params.head_dim; d += 8) {
       const auto eight = load_n<8>(from + d) * params.scale;
       __builtin_memcpy(scratch.query + g * row + d, &eight, sizeof(eight));
     }
-    Dot<T>::load_query(params, from, g, scratch);
+    if constexpr (__is_same(T, Query)) Dot<T>::load_query(params, from, g, scratch);
   }
+}
+
+// Calls run(Query()) with the type of query and out of a cache of T.
+template <class T, class Run>
+ART_INLINE void with_query_type(const DecodeParams& params, const Run& run) {
+  if constexpr (__is_same(T, int8_t)) {
+    switch (params.query_dtype) {
+      case DType::kFloat32:
+        return run(float());
+      case DType::kFloat16:
+        return run(Float16());
+      default:
+        return run(BFloat16());
+    }
+  } else {
+    run(T());
+  }
+}
+
+template <class T>
+void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) {
+  with_query_type<T>(params,
+                     [&](auto query) { load_query_as<T, decltype(query)>(params, item, scratch); });
 }
 
 template <int N>
@@ -178,19 +201,22 @@ template <class T>
 void compute_tile(const DecodeParams& params, const Item& item, Tile<T>& tile, Tile<T>& next,
                   Scratch& scratch, Accumulator result) {
   tile.pad();
+  tile.scales.read(tile.num_tokens);
   const Runs* const parts[] = {&tile.key_runs, &tile.value_runs, &next.key_runs};
   Fetcher fetcher(parts, lead_of(params, tile), lead_of(params, next));
   score_tile(params, tile, scratch, fetcher);
-  if (params.softcap > 0.0f || params.alibi_slopes != nullptr) {
-    for (int32_t g = 0; g < params.group_size; ++g) {
-      float* scores = scratch.scores + g * kScoreStride;
-      adjust_scores(params, item, tile.positions, tile.num_tokens, g, scores);
-    }
+  for (int32_t g = 0; g < params.group_size; ++g) {
+    float* scores = scratch.scores + g * kScoreStride;
+    tile.scales.multiply_logits(tile.num_tokens, scores);
+    adjust_scores(params, item, tile.positions, tile.num_tokens, g, scores);
   }
   for_each_pass(params.group_size, [&](int32_t g, auto heads) ART_ALWAYS_INLINE {
     exponentiate<T, decltype(heads)::kCount>(scratch.scores + g * kScoreStride, tile.num_tokens,
                                              result.softmax + g);
   });
+  for (int32_t g = 0; g < params.group_size; ++g) {
+    tile.scales.multiply_probabilities(tile.num_tokens, scratch.scores + g * kScoreStride);
+  }
   weigh_tile(params, tile, scratch.scores, fetcher, result.values);
   fetcher.finish();
   *result.num_tokens = tile.num_tokens;
@@ -307,8 +333,8 @@ bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, b
   return stable;
 }
 
-template <class T>
-void write_output(const DecodeParams& params, const Item& item, Accumulator running) {
+template <class Out>
+void write_output_as(const DecodeParams& params, const Item& item, Accumulator running) {
   const int32_t row = padded(params.value_dim);
   for (int32_t g = 0; g < params.group_size; ++g) {
     const int64_t head = int64_t{item.kv_head} * params.group_size + g;
@@ -316,7 +342,7 @@ void write_output(const DecodeParams& params, const Item& item, Accumulator runn
     const SoftmaxState& state = running.softmax[g];
     const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
     const float denominator = state.sum + sink_mass(state, sink);
-    T* out = static_cast<T*>(params.out) + index * params.value_dim;
+    Out* out = static_cast<Out*>(params.out) + index * params.value_dim;
     for (int32_t d = 0; d < params.value_dim; ++d) {
       // Nothing read leaves 0 / 0, which is defined as zero.
       const float value = state.sum == 0.0f ? 0.0f : running.values[g * row + d] / denominator;
@@ -324,6 +350,12 @@ void write_output(const DecodeParams& params, const Item& item, Accumulator runn
     }
     params.lse[index] = log_sum_exp(state);
   }
+}
+
+template <class T>
+void write_output(const DecodeParams& params, const Item& item, Accumulator running) {
+  with_query_type<T>(params,
+                     [&](auto out) { write_output_as<decltype(out)>(params, item, running); });
 }
 
 }  // namespace

@@ -5,14 +5,12 @@
 
 #include "cpu/encode_keys.h"
 
-#include <cmath>
 #include <cstring>
-#include <type_traits>
 
-#include "core/bits.h"
 #include "core/coded_groups.h"
 #include "core/item.h"
 #include "core/key_codes.h"
+#include "cpu/elements.h"
 
 namespace art::cpu {
 namespace {
@@ -22,31 +20,10 @@ struct Group {
   float keys[kGroupTokens][kMaxCodeChannels];
 };
 
-float value_of(const char* element, std::integral_constant<DType, DType::kFloat32>) {
-  float x;
-  std::memcpy(&x, element, sizeof(x));
-  return x;
-}
-
-float value_of(const char* element, std::integral_constant<DType, DType::kBFloat16>) {
-  uint16_t bits;
-  std::memcpy(&bits, element, sizeof(bits));
-  return float_of_bits(uint32_t{bits} << 16);
-}
-
-float value_of(const char* element, std::integral_constant<DType, DType::kFloat16>) {
-  uint16_t bits;
-  std::memcpy(&bits, element, sizeof(bits));
-  const uint16_t magnitude = bits & 0x7fff;
-  if (magnitude > 0x7c00) return NAN;
-  if (magnitude == 0x7c00) return bits >> 15 ? -INFINITY : INFINITY;
-  return float_of(bits);
-}
-
 template <DType dtype>
 void load_keys(const DecodeParams& cache, int32_t batch, int32_t head, int32_t group,
                const CodeLayout& layout, Group& result) {
-  constexpr int64_t kSize = dtype == DType::kFloat32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(dtype);
   const char* keys =
       static_cast<const char*>(cache.key.data) + head * cache.key.head_stride * kSize;
   const int32_t* table = block_table_of(cache, batch, head);
@@ -56,29 +33,25 @@ void load_keys(const DecodeParams& cache, int32_t batch, int32_t head, int32_t g
     const char* key =
         keys + (page * cache.key.page_stride + offset * cache.key.token_stride) * kSize;
     float* row = result.keys[t];
-    const std::integral_constant<DType, dtype> kind;
-    if (cache.key.dim_stride == 1) {  // apart, so that it becomes vectors
+    const auto load_row = [&](int64_t stride, auto convert) {
       for (int32_t d = 0; d < cache.head_dim; ++d) {
-        row[d] = encodable(value_of(key + d * kSize, kind));
+        row[d] = encodable(convert(value_of(key + d * stride * kSize, DTypeConstant<dtype>())));
       }
+    };
+    const auto load_with = [&](auto convert) {
+      if (cache.key.dim_stride == 1) {  // apart, so that it becomes vectors
+        load_row(1, convert);
+      } else {
+        load_row(cache.key.dim_stride, convert);
+      }
+    };
+    if constexpr (dtype == DType::kInt8) {
+      const float scale = *cache.key_scale.at(page, offset, head);
+      load_with([scale](float code) { return code * scale; });
     } else {
-      for (int32_t d = 0; d < cache.head_dim; ++d) {
-        row[d] = encodable(value_of(key + d * cache.key.dim_stride * kSize, kind));
-      }
+      load_with([](float key) { return key; });
     }
     for (int32_t d = cache.head_dim; d < layout.channels(); ++d) row[d] = 0.0f;
-  }
-}
-
-void load_group(const DecodeParams& cache, int32_t batch, int32_t head, int32_t group,
-                const CodeLayout& layout, Group& result) {
-  switch (cache.dtype) {
-    case DType::kFloat32:
-      return load_keys<DType::kFloat32>(cache, batch, head, group, layout, result);
-    case DType::kFloat16:
-      return load_keys<DType::kFloat16>(cache, batch, head, group, layout, result);
-    default:
-      return load_keys<DType::kBFloat16>(cache, batch, head, group, layout, result);
   }
 }
 
@@ -125,7 +98,9 @@ void encode_item(const EncodeParams& params, int64_t index) {
   const GroupRange groups = new_groups(params, batch, head);
   Group group;
   for (int32_t g = groups.begin; g < groups.end; ++g) {
-    load_group(params.cache, batch, head, g, layout, group);
+    with_dtype(params.cache.dtype, [&](auto kind) {
+      load_keys<decltype(kind)::value>(params.cache, batch, head, g, layout, group);
+    });
     write_record(group, layout, record_of(params.codes, table[g], head));
   }
 }

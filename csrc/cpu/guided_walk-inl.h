@@ -15,12 +15,14 @@ void score_tail(const DecodeParams& params, const Item& item, int32_t origin, Sc
     token = end;
   }
   tile.pad();
+  tile.scales.read_keys(tile.num_tokens);
   Runs none;
   const Runs* const parts[] = {&none, &none, &none};
   Fetcher nothing(parts, 0, 0);
   score_tile(params, tile, scratch, nothing);
   for (int32_t g = 0; g < params.group_size; ++g) {
     float* scores = scratch.scores + g * kScoreStride;
+    tile.scales.multiply_logits(tile.num_tokens, scores);
     __builtin_memmove(scores + (begin - origin), scores, sizeof(float) * tile.num_tokens);
   }
 }

@@ -63,7 +63,7 @@ void rest_of_walk(const GuidedUnits& units, const int16_t* unit_lse, const int32
   for (int32_t u = 0; u < num_units; ++u) largest = std::max(largest, unit_lse[u]);
   uint64_t mass = 0;
   for (int32_t i = num_units - 1; i >= 0; --i) {
-    log_rest[i] = log_of_rest(mass, largest);
+    log_rest[i] = log_of_rest(mass, largest, steps_of_mass);
     mass += mass_below(largest - unit_lse[walk[i] - units.begin]);
   }
 }

@@ -11,11 +11,14 @@ const Kernels& kernel_table(DType dtype, const char* target) {
   static const Kernels float32 = make_kernels<float>(target);
   static const Kernels float16 = make_kernels<Float16>(target);
   static const Kernels bfloat16 = make_kernels<BFloat16>(target);
+  static const Kernels int8 = make_kernels<int8_t>(target);
   switch (dtype) {
     case DType::kFloat32:
       return float32;
     case DType::kFloat16:
       return float16;
+    case DType::kInt8:
+      return int8;
     default:
       return bfloat16;
   }

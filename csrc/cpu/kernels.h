@@ -84,6 +84,10 @@ const Kernels& kernels(DType dtype);
 namespace amx {
 const Kernels& kernels(DType dtype);
 }
+#elif defined(__aarch64__)
+namespace neon {
+const Kernels& kernels(DType dtype);
+}
 #endif
 
 // Name of the SIMD target in use: the best one the machine runs, or the one that the environment
@@ -93,6 +97,7 @@ const char* target_name();
 // Names of all targets, and whether this machine runs them.
 std::vector<std::pair<const char*, bool>> target_support();
 
+// Of the target in use, for keys and values of a dtype.
 const Kernels& kernels(DType dtype);
 
 }  // namespace art::cpu

@@ -49,18 +49,22 @@ ART_INLINE typename VecOf<N>::F load_n(const float* from) {
   return load_raw<typename VecOf<N>::F>(from);
 }
 
+// 16-bit numbers, zero-extended.
+template <int N>
+ART_INLINE typename VecOf<N>::U load_words(const void* from) {
+  return __builtin_convertvector(load_raw<typename VecOf<N>::H>(from), typename VecOf<N>::U);
+}
+
 template <int N>
 ART_INLINE typename VecOf<N>::F load_n(const BFloat16* from) {
-  using U = typename VecOf<N>::U;
-  const U bits = __builtin_convertvector(load_raw<typename VecOf<N>::H>(from), U) << 16;
-  return bit_cast<typename VecOf<N>::F>(bits);
+  return bit_cast<typename VecOf<N>::F>(load_words<N>(from) << 16);
 }
 
 template <int N>
 ART_INLINE typename VecOf<N>::F load_n(const Float16* from) {
   using U = typename VecOf<N>::U;
   using F = typename VecOf<N>::F;
-  const U half = __builtin_convertvector(load_raw<typename VecOf<N>::H>(from), U);
+  const U half = load_words<N>(from);
   const U magnitude = (half & 0x7fff) << 13;
   // The exponent bias is 112 larger in float; infinities and NaN keep the largest exponent.
   const U finite = bit_cast<U>(bit_cast<F>(magnitude) * 0x1p112f);
@@ -69,19 +73,30 @@ ART_INLINE typename VecOf<N>::F load_n(const Float16* from) {
   return bit_cast<F>((is_special & special) | (~is_special & finite) | ((half & 0x8000) << 16));
 }
 
+// Of an int8 cache: the code, without the scale of its row. Targets with longer vectors than these
+// have instructions for it.
+template <int N>
+ART_INLINE typename VecOf<N>::F load_n(const int8_t* from) {
+  typename VecOf<N>::F codes = {};
+  for (int i = 0; i < N; ++i) codes[i] = from[i];
+  return codes;
+}
+
+// Compilers convert bytes one by one, but doubling them twice moves each to the top of a word.
+template <>
+ART_INLINE VecOf<4>::F load_n<4>(const int8_t* from) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  const VecOf<4>::I word = {load_raw<int32_t>(from), 0, 0, 0};
+  const Bytes b = (Bytes)word;
+  const Bytes pairs = __builtin_shufflevector(b, b, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const Bytes fours =
+      __builtin_shufflevector(pairs, pairs, 0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7);
+  return __builtin_convertvector((VecOf<4>::I)fours >> 24, VecOf<4>::F);
+}
+
 template <class T>
 ART_INLINE VecF load(const T* from) {
   return load_n<kLanes>(from);
-}
-
-// Half a vector, zeros above it: the end of a row whose length is no multiple of kLanes.
-template <class T>
-ART_INLINE VecF load_half(const T* from) {
-  constexpr int kHalf = kLanes / 2;
-  VecF v = {};
-  const auto half = load_n<kHalf>(from);
-  __builtin_memcpy(&v, &half, sizeof(half));
-  return v;
 }
 
 ART_INLINE VecF broadcast(float x) { return x - VecF{}; }
@@ -123,6 +138,18 @@ template <int... I>
 struct MakeIndices<0, I...> {
   using type = Indices<I...>;
 };
+
+// Half a vector, zeros above it: the end of a row whose length is no multiple of kLanes. Not by way
+// of memory, or vectors that are made so stay there.
+template <class T, int... I>
+ART_INLINE VecF load_half(const T* from, Indices<I...>) {
+  const auto half = load_n<kLanes / 2>(from);
+  return __builtin_shufflevector(half, decltype(half){}, I...);
+}
+template <class T>
+ART_INLINE VecF load_half(const T* from) {
+  return load_half(from, MakeIndices<kLanes>::type{});
+}
 
 template <int N, int... I>
 ART_INLINE typename VecOf<N / 2>::F half_of(typename VecOf<N>::F v, bool upper, Indices<I...>) {

@@ -14,7 +14,8 @@ namespace art::cpu::avx2 {
 constexpr int kLanes = 8;
 // clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
-#include "cpu/f16c-inl.h"
+#include "cpu/conversions_avx2-inl.h"
+#include "cpu/tile_scales-inl.h"
 #include "cpu/tiles-inl.h"
 #include "cpu/tile_products-inl.h"
 #include "cpu/decode_attention-inl.h"

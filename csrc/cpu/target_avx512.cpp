@@ -16,8 +16,9 @@ namespace art::cpu::avx512 {
 constexpr int kLanes = 16;
 // clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
-#include "cpu/f16c-inl.h"
-#include "cpu/f16c_avx512-inl.h"
+#include "cpu/conversions_avx2-inl.h"
+#include "cpu/conversions_avx512-inl.h"
+#include "cpu/tile_scales-inl.h"
 #include "cpu/tiles-inl.h"
 #include "cpu/tile_products-inl.h"
 #include "cpu/decode_attention-inl.h"

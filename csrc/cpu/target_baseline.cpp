@@ -1,10 +1,11 @@
-// What every machine of the architecture runs: SSE2 on x86-64, NEON on aarch64.
+// What every machine runs, by what the compiler takes for granted: SSE2 on x86-64, for example.
 #include "cpu/kernels.h"
 
 namespace art::cpu::baseline {
 constexpr int kLanes = 4;
 // clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
+#include "cpu/tile_scales-inl.h"
 #include "cpu/tiles-inl.h"
 #include "cpu/tile_products-inl.h"
 #include "cpu/decode_attention-inl.h"

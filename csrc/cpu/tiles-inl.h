@@ -1,5 +1,5 @@
 // Which rows of a KV cache are read, in which order, and how they are fetched ahead of their use.
-// Included by each target inside its own namespace, after simd-inl.h.
+// Included by each target inside its own namespace, after tile_scales-inl.h.
 
 namespace {
 
@@ -145,6 +145,7 @@ struct Tile {
   // Of a cache whose token dimension is contiguous, instead of rows of keys.
   Columns<T> columns[kTileTokens];
   int32_t num_columns = 0;
+  TileScales<T> scales;
 
   void clear() {
     num_tokens = num_columns = 0;
@@ -165,6 +166,7 @@ struct Tile {
       values[num_tokens + i] = value + i * value_stride;
       positions[num_tokens + i] = token + i;
     }
+    scales.add(params, num_tokens, page, offset, item.kv_head, count);
     num_tokens += count;
     value_runs.add_rows(value, value_stride, params.value_dim, count);
     if (params.key.dim_stride == 1) {

@@ -9,8 +9,10 @@ namespace art {
 namespace {
 
 void append_kv_cpu(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
-                   Tensor slot_mapping) {
-  const AppendPair pair = check_append(key, value, key_cache, value_cache, slot_mapping);
+                   Tensor slot_mapping, std::optional<Tensor> key_scale,
+                   std::optional<Tensor> value_scale) {
+  const AppendPair pair =
+      check_append(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale);
   check_slots(pair.key, key_cache.size(0));
   constexpr int64_t kTokensPerThread = 64;
   torch::stable::parallel_for(0, key.size(0), kTokensPerThread, [&](int64_t begin, int64_t end) {

@@ -10,8 +10,10 @@ namespace art {
 namespace {
 
 void append_kv_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
-                    Tensor slot_mapping) {
-  const AppendPair pair = check_append(key, value, key_cache, value_cache, slot_mapping);
+                    Tensor slot_mapping, std::optional<Tensor> key_scale,
+                    std::optional<Tensor> value_scale) {
+  const AppendPair pair =
+      check_append(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale);
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   if (checked_by_environment()) {
     const Tensor slots = on_host(slot_mapping);

@@ -9,7 +9,6 @@
 #include "ops/check.h"
 
 namespace art {
-namespace {
 
 DType check_element_type(const char* op, const char* name, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
@@ -21,7 +20,13 @@ DType check_element_type(const char* op, const char* name, const Tensor& tensor)
   return dtype == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
-}  // namespace
+DType check_cache_type(const char* op, const char* name, const Tensor& cache) {
+  const ScalarType dtype = cache.scalar_type();
+  if (dtype != ScalarType::Char) return check_element_type(op, name, cache);
+  ART_CHECK(cache.is_cpu(), op, ": int8 caches run on the CPU, got a ", name,
+            " on another device: use a cache in the dtype of the query there");
+  return DType::kInt8;
+}
 
 void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank,
                 const char* meaning) {
@@ -67,11 +72,28 @@ PagedCache paged_cache(const Tensor& cache) {
           cache.stride(3)};
 }
 
+PagedScales paged_scales(const char* op, const char* name, const std::optional<Tensor>& scale,
+                         const char* cache_name, const Tensor& cache) {
+  const bool is_int8 = cache.scalar_type() == ScalarType::Char;
+  ART_CHECK(scale || !is_int8, op, ": an int8 ", cache_name, " needs its ", name,
+            " [num_pages, page_size, num_kv_heads], got None");
+  ART_CHECK(!scale || is_int8, op, ": ", name, " must only be given with an int8 ", cache_name,
+            ", got one of ", dtype_name(cache.scalar_type()));
+  if (!scale) return {};
+  check_dtype(op, name, *scale, ScalarType::Float);
+  check_same_device(op, name, *scale, cache);
+  check_shape(op, name, *scale, "[num_pages, page_size, num_kv_heads]",
+              {cache.size(0), cache.size(1), cache.size(2)});
+  return {scale->const_data_ptr<float>(), scale->stride(0), scale->stride(1), scale->stride(2)};
+}
+
 void set_query(DecodeParams& params, const char* op, const Tensor& query, const Tensor& key_cache) {
   check_rank(op, "query", query, 3, "[batch, num_q_heads, head_dim]");
   check_rank(op, "key_cache", key_cache, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
-  params.dtype = check_element_type(op, "query", query);
-  check_dtype(op, "key_cache", key_cache, query.scalar_type());
+  params.query_dtype = check_element_type(op, "query", query);
+  if (key_cache.scalar_type() != ScalarType::Char) {  // which goes with any query
+    check_dtype(op, "key_cache", key_cache, query.scalar_type());
+  }
   const int64_t heads = query.size(1), kv_heads = key_cache.size(2);
   ART_CHECK(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0, op,
             ": num_q_heads must be a positive multiple of num_kv_heads, got ", heads, " and ",
@@ -88,10 +110,11 @@ void set_query(DecodeParams& params, const char* op, const Tensor& query, const 
   params.query_head_stride = query.stride(1);
 }
 
-void set_keys(DecodeParams& params, const char* op, const Tensor& key, const Tensor& first) {
+void set_keys(DecodeParams& params, const char* op, const Tensor& key,
+              const std::optional<Tensor>& key_scale, const Tensor& first) {
   check_rank(op, "key_cache", key, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
   check_same_device(op, "key_cache", key, first);
-  params.dtype = check_element_type(op, "key_cache", key);
+  params.dtype = check_cache_type(op, "key_cache", key);
   check_row_dim(op, "head_dim", key.size(3));
   ART_CHECK(key.size(2) >= 1, op, ": num_kv_heads must be at least 1, got ", key.size(2));
   ART_CHECK(key.size(1) >= 1, op, ": page_size must be at least 1, got ", key.size(1));
@@ -103,6 +126,7 @@ void set_keys(DecodeParams& params, const char* op, const Tensor& key, const Ten
   params.page_size = key.size(1);
   params.num_pages = key.size(0);
   params.key = paged_cache(key);
+  params.key_scale = paged_scales(op, "key_scale", key_scale, "key_cache", key);
 }
 
 void point_to_tables(DecodeParams& params, const Tensor& block_table, const Tensor& seq_lens) {

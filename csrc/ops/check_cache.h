@@ -24,6 +24,10 @@ struct LogitArguments {
   bool per_head_lens;
 };
 
+// The element types of queries, and those of caches, which on the CPU may also be int8.
+DType check_element_type(const char* op, const char* name, const Tensor& tensor);
+DType check_cache_type(const char* op, const char* name, const Tensor& cache);
+
 void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank,
                 const char* meaning);
 void check_row_dim(const char* op, const char* name, int64_t dim);
@@ -39,8 +43,13 @@ const int32_t* optional_ints(const char* op, const char* name, const std::option
 
 PagedCache paged_cache(const Tensor& cache);
 
+// The scales of an int8 cache, which any other must not have.
+PagedScales paged_scales(const char* op, const char* name, const std::optional<Tensor>& scale,
+                         const char* cache_name, const Tensor& cache);
+
 void set_query(DecodeParams& params, const char* op, const Tensor& query, const Tensor& key_cache);
-void set_keys(DecodeParams& params, const char* op, const Tensor& key_cache, const Tensor& first);
+void set_keys(DecodeParams& params, const char* op, const Tensor& key_cache,
+              const std::optional<Tensor>& key_scale, const Tensor& first);
 
 // After the keys, and with params.batch set.
 void set_tables(DecodeParams& params, const char* op, const Tensor& block_table,

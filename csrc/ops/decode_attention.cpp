@@ -28,6 +28,7 @@ void set_values(DecodeParams& params, const DecodeArguments& args) {
   ART_CHECK(value.stride(3) == 1, kOp, ": the last dimension of value_cache must be contiguous");
   params.value_dim = value.size(3);
   params.value = paged_cache(value);
+  params.value_scale = paged_scales(kOp, "value_scale", args.value_scale, "value_cache", value);
 }
 
 WalkOrder parse_walk_order(const std::string& name) {
@@ -128,7 +129,7 @@ void check_output(const char* name, const Tensor& tensor, ScalarType dtype, cons
 DecodeParams check_arguments(const DecodeArguments& args) {
   DecodeParams params = {};
   set_query(params, kOp, args.query, args.key_cache);
-  set_keys(params, kOp, args.key_cache, args.query);
+  set_keys(params, kOp, args.key_cache, args.key_scale, args.query);
   set_values(params, args);
   set_tables(params, kOp, args.block_table, args.seq_lens, args.seq_starts, args.query);
   set_logits(params, kOp,

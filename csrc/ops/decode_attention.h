@@ -44,6 +44,8 @@ struct DecodeArguments {
   std::optional<bool> checked;
   std::optional<Tensor> log_rest;
   double residual_mass;
+  std::optional<Tensor> key_scale;
+  std::optional<Tensor> value_scale;
 };
 
 struct DecodeOutputs {
@@ -106,6 +108,6 @@ using Decode =
                     std::optional<Tensor>, std::optional<Tensor>, std::optional<int64_t>,
                     std::optional<Tensor>, int64_t, int64_t, double, std::optional<Tensor>, int64_t,
                     std::optional<Tensor>, std::optional<Tensor>, bool, std::optional<bool>,
-                    std::optional<Tensor>, double>;
+                    std::optional<Tensor>, double, std::optional<Tensor>, std::optional<Tensor>>;
 
 }  // namespace art

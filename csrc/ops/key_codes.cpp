@@ -91,7 +91,7 @@ void point_to_coded_lens(EncodeParams& params, const Tensor& coded_lens) {
 EncodeParams check_encode(const EncodeArguments& args) {
   EncodeParams params = {};
   DecodeParams& cache = params.cache;
-  set_keys(cache, kEncode, args.key_cache, args.key_cache);
+  set_keys(cache, kEncode, args.key_cache, args.key_scale, args.key_cache);
   ART_CHECK(args.seq_lens.dim() >= 1, kEncode,
             ": seq_lens must have shape [batch] or [batch, num_kv_heads], got []");
   cache.batch = args.seq_lens.size(0);
@@ -117,7 +117,7 @@ GuidedParams check_guided(const GuidedArguments& args) {
   GuidedParams params = {};
   DecodeParams& attention = params.attention;
   set_query(attention, kGuided, args.query, args.key_cache);
-  set_keys(attention, kGuided, args.key_cache, args.query);
+  set_keys(attention, kGuided, args.key_cache, args.key_scale, args.query);
   set_tables(attention, kGuided, args.block_table, args.seq_lens, args.seq_starts, args.query);
   set_logits(attention, kGuided,
              {args.scale, args.softcap, args.attn_sinks, args.sliding_window, args.alibi_slopes,

@@ -22,6 +22,7 @@ struct EncodeArguments {
   Tensor code_table;
   std::optional<Tensor> coded_lens;
   std::optional<bool> checked;
+  std::optional<Tensor> key_scale;
 };
 
 struct GuidedArguments {
@@ -39,6 +40,7 @@ struct GuidedArguments {
   std::optional<Tensor> seq_starts;
   std::optional<bool> checked;
   bool rest;
+  std::optional<Tensor> key_scale;
 };
 
 struct GuidedOutputs {
@@ -72,9 +74,10 @@ using GuidedLauncher = void (*)(const GuidedArguments& args, const GuidedParams&
 
 template <EncodeLauncher launch>
 void encode_keys(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor key_codes,
-                 Tensor code_table, std::optional<Tensor> coded_lens, std::optional<bool> checked) {
+                 Tensor code_table, std::optional<Tensor> coded_lens, std::optional<bool> checked,
+                 std::optional<Tensor> key_scale) {
   const EncodeArguments args = {key_cache,  block_table, seq_lens, key_codes,
-                                code_table, coded_lens,  checked};
+                                code_table, coded_lens,  checked,  key_scale};
   launch(args, check_encode(args));
 }
 
@@ -86,10 +89,10 @@ GuidedTensors guided_walk_split(Tensor query, Tensor key_cache, Tensor block_tab
                                 double softcap, std::optional<Tensor> attn_sinks,
                                 int64_t sliding_window, std::optional<Tensor> alibi_slopes,
                                 std::optional<Tensor> seq_starts, std::optional<bool> checked,
-                                bool rest, int64_t num_splits) {
+                                bool rest, std::optional<Tensor> key_scale, int64_t num_splits) {
   const GuidedArguments args = {query,        key_cache,  block_table, seq_lens,   key_codes,
                                 code_table,   scale,      softcap,     attn_sinks, sliding_window,
-                                alibi_slopes, seq_starts, checked,     rest};
+                                alibi_slopes, seq_starts, checked,     rest,       key_scale};
   GuidedParams params = check_guided(args);
   const GuidedOutputs outputs = allocate_outputs(args, params);
   launch(args, params, num_splits);
@@ -101,10 +104,10 @@ GuidedTensors guided_walk(Tensor query, Tensor key_cache, Tensor block_table, Te
                           Tensor key_codes, Tensor code_table, std::optional<double> scale,
                           double softcap, std::optional<Tensor> attn_sinks, int64_t sliding_window,
                           std::optional<Tensor> alibi_slopes, std::optional<Tensor> seq_starts,
-                          std::optional<bool> checked, bool rest) {
+                          std::optional<bool> checked, bool rest, std::optional<Tensor> key_scale) {
   return guided_walk_split<launch>(query, key_cache, block_table, seq_lens, key_codes, code_table,
                                    scale, softcap, attn_sinks, sliding_window, alibi_slopes,
-                                   seq_starts, checked, rest, 0);
+                                   seq_starts, checked, rest, key_scale, 0);
 }
 
 }  // namespace art

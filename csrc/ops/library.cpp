@@ -10,13 +10,15 @@
   "Tensor? walk_lens=None, int? num_pinned=None, Tensor? num_pinned_per_head=None, "             \
   "int block_size=64, int unit_size=16, float softcap=0, Tensor? attn_sinks=None, "              \
   "int sliding_window=0, Tensor? alibi_slopes=None, Tensor? seq_starts=None, "                   \
-  "bool batch_invariant=False, bool? checked=None, Tensor? log_rest=None, float residual_mass=0"
+  "bool batch_invariant=False, bool? checked=None, Tensor? log_rest=None, "                      \
+  "float residual_mass=0, Tensor? key_scale=None, Tensor? value_scale=None"
 
 #define ART_GUIDED_ARGUMENTS                                                     \
   "Tensor query, Tensor key_cache, Tensor block_table, Tensor seq_lens, "        \
   "Tensor key_codes, Tensor code_table, *, float? scale=None, float softcap=0, " \
   "Tensor? attn_sinks=None, int sliding_window=0, Tensor? alibi_slopes=None, "   \
-  "Tensor? seq_starts=None, bool? checked=None, bool rest=False"
+  "Tensor? seq_starts=None, bool? checked=None, bool rest=False, "               \
+  "Tensor? key_scale=None"
 #define ART_GUIDED_RESULTS \
   "(Tensor walk, Tensor walk_lens, Tensor num_pinned, Tensor log_mass, Tensor log_rest)"
 
@@ -29,10 +31,11 @@ STABLE_TORCH_LIBRARY(art, m) {
         ", int num_splits) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slot_mapping) -> ()");
+      "Tensor slot_mapping, *, Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> ()");
   m.def(
       "encode_keys(Tensor key_cache, Tensor block_table, Tensor seq_lens, Tensor(a!) key_codes, "
-      "Tensor code_table, *, Tensor? coded_lens=None, bool? checked=None) -> ()");
+      "Tensor code_table, *, Tensor? coded_lens=None, bool? checked=None, "
+      "Tensor? key_scale=None) -> ()");
   m.def("guided_walk(" ART_GUIDED_ARGUMENTS ") -> " ART_GUIDED_RESULTS);
   // For tests: nothing may depend on the number of thread blocks that order the units of a walk.
   m.def("_guided_walk_split(" ART_GUIDED_ARGUMENTS ", int num_splits) -> " ART_GUIDED_RESULTS);

@@ -106,10 +106,11 @@ void check_order_crews() {
     return art::order_warps(blocks, units, /*group_size=*/4, /*multiprocessors=*/132);
   };
   expect(warps(64, 1024) == 16, "fills 16", warps(64, 1024), 16);
-  expect(warps(256, 2048) == 16, "all at once", warps(256, 2048), 16);
-  expect(warps(512, 512) == 8, "512 blocks", warps(512, 512), 8);
-  expect(warps(1024, 512) == 4, "1024 blocks", warps(1024, 512), 4);
-  expect(warps(1, 8) == 4, "one vector", warps(1, 8), 4);
+  expect(warps(256, 2048) == 8, "256 blocks", warps(256, 2048), 8);
+  expect(warps(512, 512) == 4, "512 blocks", warps(512, 512), 4);
+  expect(warps(1024, 512) == 2, "1024 blocks", warps(1024, 512), 2);
+  expect(warps(1, 512) == 8, "a vector a lane", warps(1, 512), 8);
+  expect(warps(1, 8) == 2, "one vector", warps(1, 8), 2);
 }
 
 // All float16 numbers, those half way between two of them, and their neighbours.

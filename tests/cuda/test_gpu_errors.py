@@ -181,3 +181,19 @@ def test_indices_out_of_range_stay_inside_the_cache(gpu, report):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     report(f"indices out of range: run {'under' if with_sanitizer else 'without'} memcheck")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def with_int8_caches(given):
+    """The same call with int8 caches and scales of the right shapes."""
+    for name in ("key", "value"):
+        cache = given[f"{name}_cache"]
+        given[f"{name}_cache"] = cache.to(torch.int8)
+        given[f"{name}_scale"] = torch.ones(cache.shape[:3], device=cache.device)
+    return given
+
+
+def test_int8_caches(gpu):
+    """Kernels for them are on the CPU only."""
+    words = "int8 caches run on the CPU"
+    assert_refused(decode_attention, with_int8_caches(decode_arguments(gpu)), ValueError, words)
+    assert_refused(append_kv, with_int8_caches(append_arguments(gpu)), ValueError, words)

@@ -53,7 +53,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("walk", ["sink_recent", "oldest_first", "recent_first"])
-@pytest.mark.parametrize("kind", ["art", "dynamic", "static"])
+@pytest.mark.parametrize("kind", ["art", "int8", "dynamic", "static"])
 def test_calls_agree_with_the_reference(any_tiny, kind, walk):
     recorder = Recorder()
     ids, mask = left_padded(2, 330)

@@ -57,7 +57,8 @@ class Driven:
             fresh = torch.zeros(rows * groups, HEADS, key_code_bytes(DIM), dtype=torch.uint8)
             places = torch.arange(rows * groups, dtype=torch.int32).view(rows, groups)
             keys = layer.storage.key_cache
-            encode_keys(keys, table.block_table, table.seq_lens, fresh, places)
+            scale = layer.storage.scales.get("key_scale")
+            encode_keys(keys, table.block_table, table.seq_lens, fresh, places, key_scale=scale)
             for row, length in enumerate(table.seq_lens.tolist()):
                 pages = codes["code_table"][row, : length // 64].long()
                 assert (pages > 0).all()
@@ -111,7 +112,7 @@ def action(draw, driven: Driven) -> None:
         cache.reorder_cache(torch.arange(batch))  # goes back to lengths on the host
     elif kind == "write":
         page = draw(st.integers(1, table.pages._ids.end - 1))
-        cache.layers[1].storage.key_cache[page].mul_(-2.0)
+        cache.layers[1].storage.key_cache[page].mul_(-1)
     elif kind == "copy":
         left, driven.cache = driven.cache, copy.deepcopy(driven.cache)
         left.crop(-min(left.get_seq_length(), 70))
@@ -128,7 +129,9 @@ def action(draw, driven: Driven) -> None:
 @given(st.data())
 def test_after_anything_codes_are_those_of_the_keys(data):
     on = data.draw(st.booleans())
-    driven = Driven(data.draw(st.sampled_from(PAGE_SIZES)), key_codes=on)
+    kv_dtype = data.draw(st.sampled_from([None, torch.int8]))
+    page_size = data.draw(st.sampled_from(PAGE_SIZES))
+    driven = Driven(page_size, key_codes=on, kv_dtype=kv_dtype)
     driven.append(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 400)))
     for _ in range(data.draw(st.integers(0, 10))):
         action(data.draw, driven)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounded import RoundedCache
 from tiny_models import LAYERS, PAD, SHARING, prompt
 from transformers import DynamicCache, StaticCache
 
@@ -41,6 +42,10 @@ def left_padded(batch: int, tokens: int):
 def cache_of(kind: str, model, length: int = 256):
     if kind == "art":
         return art_torch.ARTCache(model.config)
+    if kind == "int8":
+        return art_torch.ARTCache(model.config, kv_dtype=torch.int8)
+    if kind == "rounded":
+        return RoundedCache(config=model.config)
     if kind == "static":
         return StaticCache(model.config, max_cache_len=length)
     return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()

@@ -140,7 +140,7 @@ def with_explicit_walk(arguments):
         return named
     codes = named.pop("key_codes"), named.pop("code_table")
     tensors = (named[name] for name in ("query", "key_cache", "block_table", "seq_lens"))
-    names = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts")
+    names = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts", "key_scale")
     logits = {name: named[name] for name in names if name in named}
     walk = guided_walk(*tensors, *codes, **logits, rest=True)
     named |= dict(zip(("walk", "walk_lens", "num_pinned"), walk[:3], strict=True))
@@ -170,11 +170,13 @@ def assert_full_layers_stop(model, recorder, handle):
         assert (fractions[layer] < 1.0).all() == (layer in full)
 
 
-@pytest.mark.parametrize("page_size", [16, 64, 256])
-def test_calls_agree_with_the_reference(any_tiny, page_size):
+@pytest.mark.parametrize(
+    ("page_size", "kv_dtype"), [(16, None), (64, None), (256, None), (64, torch.int8)]
+)
+def test_calls_agree_with_the_reference(any_tiny, page_size, kv_dtype):
     recorder = GuidedRecorder()
     ids, mask = padded_batch(2, 500)
-    cache = art_torch.ARTCache(any_tiny.config, page_size)
+    cache = art_torch.ARTCache(any_tiny.config, page_size, kv_dtype=kv_dtype)
     with guided(any_tiny, RULE, on_call=recorder, block_size=16) as handle:
         generate(any_tiny, ids, cache, attention_mask=mask, max_new_tokens=6)
     assert recorder.walks.count("guided") == 5 * len(full_layers(any_tiny))

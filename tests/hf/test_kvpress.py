@@ -219,13 +219,16 @@ class GuidedPressedRecorder(PressedRecorder, GuidedRecorder):
     pass
 
 
-@pytest.mark.parametrize("walk", ["sink_recent", "oldest_first", "guided"])
+@pytest.mark.parametrize(
+    ("walk", "kv_dtype"),
+    [("sink_recent", None), ("oldest_first", None), ("guided", None), ("guided", torch.int8)],
+)
 @pytest.mark.parametrize("press", PRESSES)
-def test_calls_agree_with_the_reference(mild, press, walk):
+def test_calls_agree_with_the_reference(mild, press, walk, kv_dtype):
     recorder = GuidedPressedRecorder() if walk == "guided" else PressedRecorder()
     sizes = {"block_size": 16} if walk == "guided" else SIZES
     ids, mask = left_padded(3, 900)
-    cache = art_torch.ARTCache(mild.config)
+    cache = art_torch.ARTCache(mild.config, kv_dtype=kv_dtype)
     with (
         art_torch.patch(mild, RULE, walk=walk, on_call=recorder, **sizes) as handle,
         press_of(press)(mild),

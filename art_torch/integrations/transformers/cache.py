@@ -17,9 +17,10 @@ from transformers.cache_utils import (
 )
 
 from art_torch.cache import PageTable
+from art_torch.int8_storage import Int8PageStorage
 from art_torch.integrations.transformers.layer import ARTLayer
 from art_torch.integrations.transformers.new_keys import NOT_PATCHED
-from art_torch.page_storage import MemoryBudget
+from art_torch.page_storage import MemoryBudget, PageStorage
 
 __all__ = ["ARTCache", "layer_windows"]
 
@@ -50,6 +51,13 @@ class ARTCache(Cache):
             and values, for ``patch(model, criterion, walk="guided")``. A model patched so switches
             them on by itself. Codes follow everything the cache does. After keys were written to by
             others, through PyTorch, they are made anew.
+        kv_dtype: ``torch.int8`` keeps keys and values in eight bits an element, on the CPU: each
+            token of a head is rounded to 255 multiples of a float32 scale of its own when it is
+            stored (``docs/int8.md``). Tokens of a forward pass see each other as they came, a
+            decode step reads what is stored. None keeps them as they are.
+        max_length: Tokens a row may reach, pads not counted; None for no limit but memory. With it
+            the cache is preallocated, see :meth:`preallocate`, whenever a step of one token begins,
+            and ``generate`` can compile that step (``docs/compiled.md``).
 
     Raises:
         TypeError: ``config`` is not a model config.
@@ -66,14 +74,21 @@ class ARTCache(Cache):
         page_size: int | None = None,
         max_bytes: int | None = None,
         key_codes: bool = False,
+        kv_dtype: torch.dtype | None = None,
+        max_length: int | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be model.config, got {type(config).__name__}")
         page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size must be a positive multiple of 16, got {page_size}")
-        if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        if kv_dtype not in (None, torch.int8):
+            raise ValueError(
+                f"kv_dtype must be torch.int8, or None for the dtype of the model, got {kv_dtype}"
+            )
+        for name, limit in (("max_bytes", max_bytes), ("max_length", max_length)):
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} must be positive, got {limit}")
         text_config = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         kinds = [window for window in windows if isinstance(window, int)]
@@ -88,17 +103,18 @@ class ARTCache(Cache):
             )
         if key_codes:
             self.tables[0].switch_on_codes()
-        self.page_size = page_size
+        self.page_size, self.max_length = page_size, max_length
         self._unused: ARTLayer | None = None
         layers: list[Any] = []
         lends = _DUMMY in windows or bool(getattr(text_config, "num_kv_shared_layers", None))
         others = DynamicCache(config=text_config).layers
         led: set[Any] = set()
+        storage = PageStorage if kv_dtype is None else Int8PageStorage
         for index, window in enumerate(windows):
             if not isinstance(window, int):
                 layers.append(others[index])
                 continue
-            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows))
+            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows, storage))
             led.add(window)
         super().__init__(layers=layers)
 
@@ -133,6 +149,24 @@ class ARTCache(Cache):
         return layer.update(key_states, value_states)  # type: ignore[no-any-return]
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile steps: with ``max_length``."""
+        return self.max_length is not None and all(layer.is_compileable for layer in self._linear())
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask has to cover; a forward pass begins by it."""
+        if query_length != 1:
+            self._leave_static()
+        elif self.max_length is not None and not torch.compiler.is_compiling():
+            self._enter_static(self.max_length)
+        return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[no-any-return]
+
+    def _enter_static(self, max_length: int) -> None:
+        tables = self._tables_in_use()
+        if all(table.padded_len and not table.static_len for table in tables):
+            self.preallocate(max_length)
+
+    @property
     def bytes_in_use(self) -> int:
         """Bytes of the pages that hold tokens, and of their key codes."""
         return sum(table.bytes_in_use for table in self._tables_in_use())
@@ -143,19 +177,27 @@ class ARTCache(Cache):
         Call it after the prompt has run. From then on lengths are tensors and a step of one token
         per row can be compiled with ``torch.compile(fullgraph=True)``. Pass ``position_ids`` and no
         attention mask: pads are not stored. Any other use (a longer pass, ``crop``, beams) goes
-        back to lengths on the host. Sliding windows give no pages back meanwhile.
+        back to lengths on the host. Sliding windows give no pages back meanwhile. With
+        ``max_length`` nobody has to call it.
 
         Args:
             max_length: Tokens a row may reach, pads not counted.
 
         Raises:
-            CacheMemoryError: The memory limit does not allow it.
+            CacheMemoryError: The memory limit does not allow it. Nothing has changed then.
             ValueError: The cache is empty, or longer already.
             NotImplementedError: A press has compressed it.
         """
+        tables = self._tables_in_use()
+        needed = sum(table.bytes_to_preallocate(max_length) for table in tables)
+        self.budget.claim(0, tables[0].device, needed)
         self._leave_static()
-        for table in self._tables_in_use():
-            table.preallocate(max_length)
+        try:
+            for table in tables:
+                table.preallocate(max_length)
+        except BaseException:  # the device itself has no more memory
+            self._leave_static()
+            raise
 
     def _leave_static(self) -> None:
         for layer in self._paged():

@@ -17,6 +17,7 @@ from art_torch.cache import BoolArray, CacheMemoryError, PageTable, Step
 from art_torch.code_table import CodeStorage
 from art_torch.evicted import EvictedTable
 from art_torch.guided import encode_keys, key_code_bytes
+from art_torch.integrations.transformers.masks import NO_KEYS
 from art_torch.integrations.transformers.new_keys import NewKeys
 from art_torch.ops import append_kv
 from art_torch.page_storage import PageStorage
@@ -60,15 +61,22 @@ class ARTLayer(CacheLayerMixin):
         leads: Whether this is the first layer of its table in a forward pass.
         lends: Whether other layers may read the keys of this one.
         windows: Of all layers of the model that the cache was made for.
+        storage_type: Of its pages.
     """
 
     is_croppable = True
 
     def __init__(
-        self, table: PageTable, leads: bool, lends: bool, windows: tuple[Any, ...]
+        self,
+        table: PageTable,
+        leads: bool,
+        lends: bool,
+        windows: tuple[Any, ...],
+        storage_type: type[PageStorage] = PageStorage,
     ) -> None:
         super().__init__()
         self.table, self.leads, self.lends, self.windows = table, leads, lends, windows
+        self.storage_type = storage_type
         self.lent: tuple[Tensor, Tensor] | None = None  # dense keys and values of the last pass
         self.storage: PageStorage | None = None
         self.codes: CodeStorage | None = None  # from the first pass on with codes in the table
@@ -102,8 +110,8 @@ class ARTLayer(CacheLayerMixin):
         self.storage = self._add_storage(self.table, heads, dims, key_states)
         self.is_initialized = True
 
-    @staticmethod
     def _add_storage(
+        self,
         table: PageTable,
         heads: int,
         dims: tuple[int, int],
@@ -118,10 +126,10 @@ class ARTLayer(CacheLayerMixin):
 
         def make(max_pages: int) -> PageStorage:
             size = max_pages if pages is None else pages
-            return PageStorage(heads, *dims, table.page_size, dtype, device, size)
+            return self.storage_type(heads, *dims, table.page_size, dtype, device, size)
 
-        page_bytes = heads * sum(dims) * table.page_size * dtype.itemsize
-        return table.pages.add_storage(make, page_bytes)
+        parts = self.storage_type.parts_of(heads, *dims, table.page_size, dtype)
+        return table.pages.add_storage(make, sum(part.num_bytes for part in parts))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -165,6 +173,11 @@ class ARTLayer(CacheLayerMixin):
             key, value = (new.flatten(0, 1).unsqueeze(1) for new in (key, value))
             real = None if real is None else real.repeat(table.num_kv_heads, axis=0)
         if table.static_len:
+            if key.shape[2] != 1:
+                raise RuntimeError(
+                    f"a preallocated ARTCache takes one token per row, got {key.shape[2]} with a "
+                    "mask of their own: crop(0) goes back to passes of any length"
+                )
             if self.leads:
                 table.advance()
             slots = table.static_slots
@@ -186,7 +199,7 @@ class ARTLayer(CacheLayerMixin):
             key, value = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
         if not key.dtype == value.dtype == storage.dtype:  # autocast
             key, value = key.to(storage.dtype), value.to(storage.dtype)
-        append_kv(key, value, storage.key_cache, storage.value_cache, slots)
+        append_kv(key, value, storage.key_cache, storage.value_cache, slots, **storage.scales)
 
     def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
         table, tokens = self.table, key.shape[2]
@@ -233,12 +246,15 @@ class ARTLayer(CacheLayerMixin):
             "value_cache": storage.value_cache,
             "block_table": table.block_table,
             "seq_lens": table.seq_lens,
+            **storage.scales,
         }
         if not isinstance(table, EvictedTable):
             return pages
         heads = table.num_kv_heads
         for name in ("key_cache", "value_cache"):
             pages[name] = pages[name].expand(-1, -1, heads, -1)
+        for name in storage.scales:
+            pages[name] = pages[name].expand(-1, -1, heads)
         for name in ("block_table", "seq_lens"):
             pages[name] = pages[name].unflatten(0, (-1, heads))
         return pages
@@ -379,6 +395,7 @@ class ARTLayer(CacheLayerMixin):
             self.codes.key_codes,
             codes.code_table,
             coded_lens=coded_lens if self.coded_generation == generation else None,
+            key_scale=storage.scales.get("key_scale"),
         )
         self.coded_generation = generation
 
@@ -404,9 +421,12 @@ class ARTLayer(CacheLayerMixin):
         return self.padded_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask has to cover."""
+        """Length and offset of the keys that a mask has to cover.
+
+        None while preallocated: the pages themselves tell what a step sees.
+        """
         if self.table.static_len:
-            return self.table.static_len, 0
+            return NO_KEYS
         visible = self.padded_len
         if self.table.window is not None:
             visible = min(visible, self.table.window - 1)

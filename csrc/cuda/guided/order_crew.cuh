@@ -12,7 +12,7 @@
 
 namespace art::cuda::guided {
 
-constexpr int kMaxCrew = 8;
+constexpr int kLeastOrderWarps = 2;  // and multiples of these
 constexpr int kMaxOrderWarps = 16;
 constexpr int kMostHeads = 64;  // query heads that are added up together
 
@@ -24,6 +24,7 @@ struct BlockUnits {
   int32_t end_vector;
   int32_t free_begin;  // not pinned: [free_begin, free_end)
   int32_t free_end;
+  int32_t warp_share;  // of those, a warp's: neighbours, so that warps and lanes are in their order
 
   __device__ BlockUnits(const GuidedUnits& units, int32_t rank, int32_t blocks_log2) {
     const int32_t begin = units.begin / kUnitsPerVector;
@@ -33,32 +34,29 @@ struct BlockUnits {
     end_vector = min(first_vector + share, end);
     free_begin = max(units.sink_end, origin());
     free_end = max(min(units.recent_begin, end_vector * kUnitsPerVector), free_begin);
+    warp_share = (num_free() + 32 * num_warps() - 1) / (32 * num_warps()) * 32;
   }
   __device__ int32_t origin() const { return first_vector * kUnitsPerVector; }
   __device__ int32_t num_free() const { return free_end - free_begin; }
 };
 
-// Query heads that are added up together, and who takes which of their units.
+// Query heads that are added up together. Where there are fewer of them than warps, each warp takes
+// a part of a head's units.
 struct Heads {
-  const int16_t* lse;  // [count, stride]
-  int32_t stride;
+  int32_t first;
   int32_t count;
-  int32_t parts;  // of a head's units in each thread block, when there are more warps than heads
+  int32_t parts_log2;
 
-  __device__ Heads(const GuidedParams& guided, int32_t index, const Workspace& space,
-                   int32_t first) {
-    const int32_t group_size = guided.attention.group_size;
-    count = min(group_size - first, kMostHeads);
-    parts = count < num_warps() ? num_warps() / count : 1;
-    stride = space.unit_stride;
-    lse = space.unit_lse + (int64_t{index} * group_size + first) * stride;
-  }
-  __device__ int32_t tasks() const { return count * parts; }
-  __device__ const int16_t* lse_of(int32_t head) const { return lse + int64_t{head} * stride; }
+  __device__ Heads(const GuidedParams& guided, int32_t first, int32_t parts_log2)
+      : first(first),
+        count(min(guided.attention.group_size - first, kMostHeads)),
+        parts_log2(parts_log2) {}
+
+  __device__ int32_t tasks() const { return count << parts_log2; }
 };
 
-// What a thread block tells all of its crew, itself too. A task is a query head, or a part of its
-// units: head + heads * part.
+// What a thread block tells all of its crew, itself too. A task is a part of a head's units:
+// head << parts_log2 | part.
 struct Slots {
   uint64_t mass[kMostHeads];    // by task
   int32_t largest[kMostHeads];  // by task
@@ -73,7 +71,6 @@ constexpr int kMeetings = 5;
 struct alignas(16) OrderShared {
   GuidedUnits units;
   BlockUnits mine;
-  Heads heads;
   uint32_t first[kNumBuckets];  // where the units of a bucket begin among those of the thread block
   uint32_t shift[kNumBuckets];  // from there to their position in the walk
   uint32_t powers[64];

@@ -26,6 +26,7 @@ constexpr int kCrewSizes = 3;  // above one: 2, 4 and 8 thread blocks
 struct OrderLayout {
   int32_t warps;
   int32_t blocks_log2;
+  int32_t parts_log2;    // see Heads
   int32_t shared_units;  // 0: scores and order are in global memory
 
   ART_HD size_t slots_at() const { return sizeof(OrderShared); }
@@ -37,61 +38,53 @@ struct OrderLayout {
 };
 static_assert(sizeof(OrderShared) % 16 == 0 && sizeof(Slots) % 16 == 0);
 
-// Other heads than the ones before.
-__device__ void take_heads(const GuidedParams& guided, int32_t index, const Workspace& space,
-                           int32_t first, const Crew& crew) {
-  __syncthreads();
-  if (threadIdx.x == 0) crew.shared.heads = Heads(guided, index, space, first);
-  __syncthreads();
-}
-
 // The totals of all heads, and the shares; returns the thread's best.
-__device__ int32_t score_units(const GuidedParams& guided, int32_t index, const GuidedUnits& units,
-                               const BlockUnits& mine, const Workspace& space, const Crew& crew,
+__device__ int32_t score_units(const OrderItem& item, const GuidedUnits& units,
+                               const BlockUnits& mine, int32_t parts_log2, const Crew& crew,
                                int32_t* scores) {
-  const int32_t group_size = guided.attention.group_size;
   int32_t best = INT32_MIN;
-  for (int32_t first = 0; first < group_size; first += kMostHeads) {
-    const Heads& heads = crew.shared.heads;
-    if (first > 0) take_heads(guided, index, space, first, crew);
-    find_totals(guided, index, units, mine, heads, first, crew);
-    best = share_of_units(mine, heads, first == 0, crew.shared.total, scores);
+#pragma unroll 1
+  for (int32_t first = 0; first < item.guided.attention.group_size; first += kMostHeads) {
+    const Heads heads(item.guided, first, parts_log2);
+    find_totals(item, units, mine, heads, crew);
+    best = share_of_units(item, mine, heads, crew.shared.total, scores);
   }
   return best;
 }
 
-__device__ void write_rests(const GuidedParams& guided, int32_t index, const GuidedUnits& units,
-                            const BlockUnits& mine, const Workspace& space, const Crew& crew) {
-  const int32_t group_size = guided.attention.group_size;
+__device__ void write_rests(const OrderItem& item, const GuidedUnits& units, const BlockUnits& mine,
+                            int32_t parts_log2, const Crew& crew) {
+  const int32_t group_size = item.guided.attention.group_size;
+#pragma unroll 1
   for (int32_t first = 0; first < group_size; first += kMostHeads) {
     crew.finish_together();  // all of the walk is there, and nobody needs the slots any more
-    const Heads& heads = crew.shared.heads;
+    const Heads heads(item.guided, first, parts_log2);
     if (group_size > kMostHeads) {
-      take_heads(guided, index, space, first, crew);
-      send_largest(units, mine, heads, crew);
+      send_largest(item, units, mine, heads, crew);
       __syncthreads();
     }
-    write_rest(guided, index, units.num_units(), heads, first, crew);
+    write_rest(item, units.num_units(), heads, crew);
   }
 }
 
 template <bool kInSharedMemory>
 __global__ void __launch_bounds__(32 * kMaxOrderWarps, 2)
-    order_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
-                 const OrderLayout layout) {
+    order_kernel(const __grid_constant__ GuidedParams guided,
+                 const __grid_constant__ Workspace space,
+                 const __grid_constant__ OrderLayout layout) {
   extern __shared__ __align__(16) unsigned char memory[];
   OrderShared& shared = *reinterpret_cast<OrderShared*>(memory);
   const Crew crew(layout.blocks_log2, shared, reinterpret_cast<Slots*>(memory + layout.slots_at()));
   const auto count = reinterpret_cast<uint32_t (*)[kNumBuckets]>(memory + layout.counts_at());
   const int tid = threadIdx.x;
-  const int32_t index = static_cast<int32_t>(blockIdx.x >> layout.blocks_log2);
+  const OrderItem item(guided, space, static_cast<int32_t>(blockIdx.x >> layout.blocks_log2));
   if (tid == 0) {
-    shared.heads = Heads(guided, index, space, 0);
-    crew.init(shared.heads.tasks(), num_warps());
-    shared.units = GuidedUnits(visible_of(guided.attention, index));
+    crew.init(Heads(guided, 0, layout.parts_log2).tasks(), num_warps());
+    shared.units = GuidedUnits(visible_of(guided.attention, item.index));
     shared.mine = BlockUnits(shared.units, crew.rank, crew.blocks_log2);
   }
   if (tid < 64) shared.powers[tid] = power_of_fraction(tid);
+#pragma unroll 1
   for (int i = tid; i < kNumBuckets / 4 * num_warps(); i += blockDim.x) {
     reinterpret_cast<uint4*>(count)[i] = {0, 0, 0, 0};
   }
@@ -106,12 +99,12 @@ __global__ void __launch_bounds__(32 * kMaxOrderWarps, 2)
   int32_t* scores = reinterpret_cast<int32_t*>(memory + layout.units_at());
   int32_t* order = scores + layout.shared_units;
   if constexpr (!kInSharedMemory) {
-    scores = space.order + int64_t{index} * 2 * space.unit_stride +
+    scores = space.order + int64_t{item.index} * 2 * space.unit_stride +
              (mine.first_vector - units.begin / kUnitsPerVector) * kUnitsPerVector;
     order = scores + space.unit_stride;
   }
   if (units.num_units() > 0) {
-    int32_t best = score_units(guided, index, units, mine, space, crew, scores);
+    int32_t best = score_units(item, units, mine, layout.parts_log2, crew, scores);
     best = __reduce_max_sync(~0u, best);
     crew.send(Meeting::kBest, crew.slots[crew.rank].best[tid / 32], best);
     crew.meet_together(Meeting::kBest);
@@ -124,10 +117,10 @@ __global__ void __launch_bounds__(32 * kMaxOrderWarps, 2)
     __syncthreads();
     place_units(mine, scores, best, count, crew, order);
     __syncthreads();
-    write_walk(guided, index, units, mine, scores, order, best, crew);
+    write_walk(item, units, mine, scores, order, best, crew);
   }
-  write_end(guided, index, units, crew);
-  if (guided.log_rest != nullptr) write_rests(guided, index, units, mine, space, crew);
+  write_end(item, units, crew);
+  if (guided.log_rest != nullptr) write_rests(item, units, mine, layout.parts_log2, crew);
 }
 
 cudaLaunchConfig_t configure(const OrderLayout& layout, int64_t items, cudaStream_t stream,
@@ -154,7 +147,8 @@ struct Device {
 template <bool kInSharedMemory>
 cudaError_t prepare(int32_t blocks_log2, int* clusters) {
   const auto kernel = order_kernel<kInSharedMemory>;
-  const OrderLayout largest = {kMaxOrderWarps, blocks_log2, kInSharedMemory ? kMaxSharedUnits : 0};
+  const OrderLayout largest = {kMaxOrderWarps, blocks_log2, 0,
+                               kInSharedMemory ? kMaxSharedUnits : 0};
   *clusters = 0;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
@@ -172,6 +166,7 @@ cudaError_t prepare(int32_t blocks_log2, int* clusters) {
 // Asked once for each GPU.
 cudaError_t look_at(Device* device) {
   static ResidencyCache<kCrewSizes> cache;
+  *device = {};
   for (int i = 0; i < kCrewSizes; ++i) {
     Residency residency;
     const cudaError_t error = cache.get(
@@ -183,7 +178,7 @@ cudaError_t look_at(Device* device) {
         },
         &residency);
     if (error != cudaSuccess) return error;
-    *device = {residency.multiprocessors, {}};
+    device->multiprocessors = residency.multiprocessors;
     device->max_clusters[i] = newest_kernels() >= 90 ? residency.blocks : 0;
   }
   return cudaSuccess;
@@ -206,6 +201,9 @@ OrderLayout plan(const GuidedParams& params, int64_t num_splits, const Device& d
   const int32_t share = ((vectors - 1) >> layout.blocks_log2) + 1;
   layout.warps = order_warps(items << layout.blocks_log2, int64_t{share} * kUnitsPerVector,
                              params.attention.group_size, device.multiprocessors);
+  while (params.attention.group_size << (layout.parts_log2 + 1) <= layout.warps) {
+    ++layout.parts_log2;
+  }
   const int32_t units = share * kUnitsPerVector;
   layout.shared_units = units <= kMaxSharedUnits ? units : 0;
   return layout;

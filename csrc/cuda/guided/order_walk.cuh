@@ -9,23 +9,22 @@
 
 namespace art::cuda::guided {
 
-// The unpinned units of one warp: neighbours, so that ranks, warps and lanes are in the order of
-// units.
+// The unpinned units of one warp.
 struct WarpUnits {
   int32_t begin;
   int32_t end;
 
   __device__ explicit WarpUnits(const BlockUnits& mine) {
-    const int32_t lanes = static_cast<int32_t>(blockDim.x);
-    const int32_t share = (mine.num_free() + lanes - 1) / lanes * 32;
-    begin = min(mine.free_begin + static_cast<int32_t>(threadIdx.x) / 32 * share, mine.free_end);
-    end = min(begin + share, mine.free_end);
+    const int32_t warp = threadIdx.x / 32;
+    begin = min(mine.free_begin + warp * mine.warp_share, mine.free_end);
+    end = min(begin + mine.warp_share, mine.free_end);
   }
 };
 
 // The best unit of all that are not pinned.
 __device__ inline int32_t best_of(const Crew& crew) {
   int32_t best = INT32_MIN;
+#pragma unroll 1
   for (int32_t i = threadIdx.x % 32; i < num_warps() << crew.blocks_log2; i += 32) {
     best = max(best, crew.slots[i & (crew.blocks() - 1)].best[i >> crew.blocks_log2]);
   }
@@ -37,6 +36,7 @@ __device__ inline void count_units(const BlockUnits& mine, const int32_t* scores
                                    uint32_t (*count)[kNumBuckets]) {
   const WarpUnits units(mine);
   uint32_t* of_warp = count[threadIdx.x / 32];
+#pragma unroll 2
   for (int32_t u = units.begin + static_cast<int32_t>(threadIdx.x % 32); u < units.end; u += 32) {
     atomicAdd(&of_warp[bucket_of(scores[u - mine.origin()], best)], 1u);
   }
@@ -48,18 +48,24 @@ __device__ inline void send_counts(uint32_t (*count)[kNumBuckets], const Crew& c
   const int32_t tid = static_cast<int32_t>(threadIdx.x);
   if (tid >= kNumBuckets / 4) return;
   uint4 sum = {0, 0, 0, 0};
-#pragma unroll 4
-  for (int32_t w = 0; w < num_warps(); ++w) {
-    uint4* place = reinterpret_cast<uint4*>(count[w]) + tid;
-    const uint4 more = *place;
-    *place = sum;
-    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+#pragma unroll 1
+  for (int32_t first = 0; first < num_warps(); first += kLeastOrderWarps) {
+    uint4* const place = reinterpret_cast<uint4*>(count[first]) + tid;
+    uint4 more[kLeastOrderWarps];
+#pragma unroll
+    for (int w = 0; w < kLeastOrderWarps; ++w) more[w] = place[w * kNumBuckets / 4];
+#pragma unroll
+    for (int w = 0; w < kLeastOrderWarps; ++w) {
+      place[w * kNumBuckets / 4] = sum;
+      sum.x += more[w].x, sum.y += more[w].y, sum.z += more[w].z, sum.w += more[w].w;
+    }
   }
   uint4* slot = reinterpret_cast<uint4*>(crew.slots[crew.rank].count) + tid;
   if (!crew.is_cluster()) {
     *slot = sum;
     return;
   }
+#pragma unroll 1
   for (int32_t to = 0; to < crew.blocks(); ++to) crew.send_to(to, Meeting::kCount, slot, sum);
 }
 
@@ -81,6 +87,7 @@ __device__ inline void place_buckets(int32_t num_pinned, const Crew& crew) {
   const int32_t first = static_cast<int32_t>(threadIdx.x % 32) * kEach;
   const uint32_t* own = crew.slots[crew.rank].count + first;
   uint32_t before[kEach] = {}, all[kEach] = {}, own_sum = 0, all_sum = 0;
+#pragma unroll 1
   for (int32_t rank = 0; rank < crew.blocks(); ++rank) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -103,41 +110,33 @@ __device__ inline void place_buckets(int32_t num_pinned, const Crew& crew) {
 __device__ inline void place_units(const BlockUnits& mine, const int32_t* scores, int32_t best,
                                    uint32_t (*count)[kNumBuckets], const Crew& crew,
                                    int32_t* order) {
-  constexpr int kAtOnce = 2;
   const WarpUnits units(mine);
   const int lane = threadIdx.x % 32;
   uint32_t* next = count[threadIdx.x / 32];
-  for (int32_t begin = units.begin; begin < units.end; begin += 32 * kAtOnce) {
-    int32_t bucket[kAtOnce];
-    uint32_t alike[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int32_t unit = begin + 32 * i + lane;
-      bucket[i] = unit < units.end ? bucket_of(scores[unit - mine.origin()], best) : kNumBuckets;
-      alike[i] = __match_any_sync(~0u, bucket[i]);
+#pragma unroll 1
+  for (int32_t first = units.begin; first < units.end; first += 32) {
+    const int32_t unit = first + lane;
+    const bool is_mine = unit < units.end;
+    const int32_t bucket = is_mine ? bucket_of(scores[unit - mine.origin()], best) : kNumBuckets;
+    const uint32_t alike = __match_any_sync(~0u, bucket);
+    const uint32_t rank = __popc(alike & ((1u << lane) - 1));
+    const uint32_t place = is_mine ? next[bucket] : 0;
+    __syncwarp();  // all have read where the next goes
+    if (is_mine) {
+      order[crew.shared.first[bucket] + place + rank] = unit;
+      if (rank == 0) next[bucket] = place + __popc(alike);
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const bool is_mine = bucket[i] < kNumBuckets;
-      const uint32_t rank = __popc(alike[i] & ((1u << lane) - 1));
-      const uint32_t place = is_mine ? next[bucket[i]] : 0;
-      __syncwarp();  // all have read where the next goes
-      if (is_mine) {
-        order[crew.shared.first[bucket[i]] + place + rank] = begin + 32 * i + lane;
-        if (rank == 0) next[bucket[i]] = place + __popc(alike[i]);
-      }
-      __syncwarp();
-    }
+    __syncwarp();
   }
 }
 
 // The thread block's units at their positions in the walk. Those of a bucket are neighbours there
 // too.
-__device__ inline void write_walk(const GuidedParams& guided, int32_t index,
-                                  const GuidedUnits& units, const BlockUnits& mine,
-                                  const int32_t* scores, const int32_t* order, int32_t best,
-                                  const Crew& crew) {
-  const int64_t row = int64_t{index} * guided.max_units;
+__device__ inline void write_walk(const OrderItem& item, const GuidedUnits& units,
+                                  const BlockUnits& mine, const int32_t* scores,
+                                  const int32_t* order, int32_t best, const Crew& crew) {
+  const GuidedParams& guided = item.guided;
+  const int64_t row = int64_t{item.index} * guided.max_units;
   int32_t* walk = guided.walk + row;
   float* log_mass = guided.log_mass + row;
   const int32_t tid = static_cast<int32_t>(threadIdx.x), threads = static_cast<int32_t>(blockDim.x);
@@ -145,12 +144,13 @@ __device__ inline void write_walk(const GuidedParams& guided, int32_t index,
     walk[position] = unit;
     log_mass[position] = static_cast<float>(score) * kNatsPerStep;
   };
-#pragma unroll 4
+#pragma unroll 1
   for (int32_t i = tid; i < mine.num_free(); i += threads) {
     const int32_t unit = order[i], score = scores[unit - mine.origin()];
     write(i + crew.shared.shift[bucket_of(score, best)], unit, score);
   }
   const int32_t sinks = units.sink_end - units.begin, pinned = units.num_pinned();
+#pragma unroll 1
   for (int32_t i = tid; i < pinned; i += threads) {
     const int32_t unit = i < sinks ? units.begin + i : units.recent_begin + (i - sinks);
     const int32_t vector = unit / kUnitsPerVector;
@@ -161,18 +161,20 @@ __device__ inline void write_walk(const GuidedParams& guided, int32_t index,
 }
 
 // What follows the last entry.
-__device__ inline void write_end(const GuidedParams& guided, int32_t index,
-                                 const GuidedUnits& units, const Crew& crew) {
-  const int64_t row = int64_t{index} * guided.max_units;
+__device__ inline void write_end(const OrderItem& item, const GuidedUnits& units,
+                                 const Crew& crew) {
+  const GuidedParams& guided = item.guided;
+  const int64_t row = int64_t{item.index} * guided.max_units;
   const int32_t threads = static_cast<int32_t>(blockDim.x) << crew.blocks_log2;
   const int32_t tid = crew.rank * static_cast<int32_t>(blockDim.x) + threadIdx.x;
+#pragma unroll 1
   for (int32_t i = units.num_units() + tid; i < guided.max_units; i += threads) {
     guided.walk[row + i] = -1;
     guided.log_mass[row + i] = -INFINITY;
   }
   if (tid == 0) {
-    guided.walk_lens[index] = units.num_units();
-    guided.num_pinned[index] = units.num_pinned();
+    guided.walk_lens[item.index] = units.num_units();
+    guided.num_pinned[item.index] = units.num_pinned();
   }
 }
 
