@@ -47,11 +47,6 @@ void load_query(const DecodeParams& params, const Item& item, Scratch& scratch) 
                      [&](auto query) { load_query_as<T, decltype(query)>(params, item, scratch); });
 }
 
-template <int N>
-struct Count {
-  static constexpr int kCount = N;
-};
-
 // Calls run(first head, Count of heads) for those of a group that share one load of a row.
 template <class Run>
 ART_INLINE void for_each_pass(int32_t group_size, const Run& run) {

@@ -5,6 +5,11 @@ namespace {
 
 ART_INLINE int32_t padded(int32_t dim) { return round_up(dim, kRowAlignment); }
 
+template <int N>
+struct Count {
+  static constexpr int kCount = N;
+};
+
 // How logits are summed: keys, as floats, by scaled queries. A target with instructions for it says
 // more about an element type in a specialisation.
 template <class T>
@@ -56,35 +61,41 @@ ART_INLINE void score_heads(const T* const* keys, int32_t num_tokens, int32_t he
                             const typename Dot<T>::Query* query, Fetcher& next, float* scores) {
   constexpr int kSlots = kHeads == 3 ? 4 : kHeads;
   constexpr int kTokens = kLanes / kSlots, kWidth = Dot<T>::kWidth;
+  constexpr int kSide = kTokens > 8 ? 8 : kTokens;  // keys side by side: an address each
   const int32_t row = Dot<T>::row(head_dim);
   const int32_t whole = head_dim / kWidth * kWidth;
   for (int32_t t0 = 0; t0 < num_tokens; t0 += kTokens) {
     VecF sums[kLanes] = {};
-    const auto add_chunk = [&](int32_t d, auto load_chunk) ART_ALWAYS_INLINE {
-      if constexpr (kFetch) {
-        next.template fetch<kTokens * kWidth* int{sizeof(T)}>(d / kWidth);
-      }
-      typename Dot<T>::Keys queries[kHeads];
-#pragma GCC unroll 16
-      for (int h = 0; h < kHeads; ++h) queries[h] = Dot<T>::load_queries(query + h * row + d);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        const typename Dot<T>::Keys chunk = load_chunk(keys[t0 + t] + d);
-#pragma GCC unroll 16
-        for (int h = 0; h < kHeads; ++h) {
-          VecF& sum = sums[h * kTokens + t];
-          sum = Dot<T>::add(sum, chunk, queries[h]);
+    const auto add_keys = [&](auto first) ART_ALWAYS_INLINE {
+      constexpr int kFirst = decltype(first)::kCount;
+      const auto add_chunk = [&](int32_t d, auto load_chunk) ART_ALWAYS_INLINE {
+        if constexpr (kFetch) {
+          next.template fetch<kSide * kWidth* int{sizeof(T)}>(d / kWidth);
         }
+        typename Dot<T>::Keys queries[kHeads];
+#pragma GCC unroll 16
+        for (int h = 0; h < kHeads; ++h) queries[h] = Dot<T>::load_queries(query + h * row + d);
+#pragma GCC unroll 16
+        for (int t = kFirst; t < kFirst + kSide; ++t) {
+          const typename Dot<T>::Keys chunk = load_chunk(keys[t0 + t] + d);
+#pragma GCC unroll 16
+          for (int h = 0; h < kHeads; ++h) {
+            VecF& sum = sums[h * kTokens + t];
+            sum = Dot<T>::add(sum, chunk, queries[h]);
+          }
+        }
+      };
+      for (int32_t d = 0; d < whole; d += kWidth) {
+        add_chunk(d, [](const T* from) ART_ALWAYS_INLINE { return Dot<T>::load_keys(from); });
+      }
+      if (whole < head_dim) {
+        const int32_t count = head_dim - whole;
+        add_chunk(whole, [count](const T* from)
+                             ART_ALWAYS_INLINE { return Dot<T>::load_rest(from, count); });
       }
     };
-    for (int32_t d = 0; d < whole; d += kWidth) {
-      add_chunk(d, [](const T* from) ART_ALWAYS_INLINE { return Dot<T>::load_keys(from); });
-    }
-    if (whole < head_dim) {
-      const int32_t count = head_dim - whole;
-      add_chunk(whole, [count](const T* from)
-                           ART_ALWAYS_INLINE { return Dot<T>::load_rest(from, count); });
-    }
+    add_keys(Count<0>());
+    if constexpr (kSide < kTokens) add_keys(Count<kSide>());
     VecF result = transpose_add(sums);
     if constexpr (!Dot<T>::kScaled) result *= scale;
 #pragma GCC unroll 16
@@ -169,7 +180,8 @@ template <class T, int kHeads, bool kFetch>
 ART_INLINE void score_columns(const Columns<T>& columns, int64_t dim_stride, int32_t head_dim,
                               const WeighedHeads<T>& heads, Fetcher& next, T* buffer) {
   constexpr int kWidth = Weighing<T>::kVectors * kLanes;
-  constexpr int kChunks = chunks_at_once<T>(kHeads);
+  constexpr int kMost = kTileTokens / kWidth, kFit = chunks_at_once<T>(kHeads);
+  constexpr int kChunks = kFit < kMost ? kFit : kMost;
   const T* rows[kMaxHeadDim];
   for (int32_t d = 0; d < head_dim; ++d) rows[d] = columns.keys + d * dim_stride;
   const int32_t whole = columns.count / kWidth * kWidth, rest = columns.count - whole;
