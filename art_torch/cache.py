@@ -189,11 +189,15 @@ class PageTable:
             self._publish()
         return self.step
 
+    def _invisible(self, lens: IntArray) -> IntArray:
+        """Tokens that the next queries of rows of these lengths cannot see, int64 ``[rows]``."""
+        return np.maximum(0, lens + 1 - self.window) if self.window else np.zeros_like(lens)
+
     def _drop_invisible(self, lens: IntArray) -> None:
         """Hands back pages that the next queries of rows of these lengths cannot see."""
         if self.window is None:
             return
-        first = np.maximum(0, lens + 1 - self.window)
+        first = self._invisible(lens)
         self.pages.drop_before(first // self.page_size)
         self._kept_from = np.maximum(self._kept_from, first)
 
@@ -379,29 +383,40 @@ class PageTable:
 
     # ---------------------------------------------------------------- lengths as tensors
 
+    def bytes_to_preallocate(self, length: int) -> int:
+        """Bytes of the memory limit that :meth:`preallocate` would claim.
+
+        Raises:
+            ValueError: The table is empty or already longer.
+        """
+        if self.batch == 0:
+            raise ValueError("preallocate needs a filled cache: run the prompt through it first")
+        lens = self.seq_lens.cpu().numpy().astype(np.int64)  # right while lengths are tensors too
+        if length < lens.max():
+            raise ValueError(
+                f"preallocate needs at least the {lens.max()} tokens that are in the cache, got "
+                f"{length}"
+            )
+        page, end = self.page_size, np.full(self.batch, length)
+        drop = None if self.record_past else self._invisible(lens) // page
+        needed = self.pages.bytes_to_grow(-(-end // page), lens // page, drop)
+        return needed + (0 if self.codes is None else self.codes.bytes_to_grow(end))
+
     @torch.inference_mode(False)
     def preallocate(self, length: int) -> None:
         """Gives every row pages for ``length`` stored tokens; from now on lengths are tensors.
 
         Raises:
-            CacheMemoryError: The limit does not allow it.
+            CacheMemoryError: The limit does not allow it. Nothing has changed then.
             ValueError: The table is empty or already longer.
         """
-        if self.batch == 0:
-            raise ValueError("preallocate needs a filled cache: run the prompt through it first")
-        longest = int(self._lens.max())
-        if length < longest:
-            raise ValueError(
-                f"preallocate needs at least the {longest} tokens that are in the cache, got "
-                f"{length}"
-            )
+        self.pages.budget.claim(0, self.device, self.bytes_to_preallocate(length))
         before = self._lens.astype(np.int64)
         if not self.record_past:
             self._drop_invisible(before)
         page = self.page_size
         end = np.full(self.batch, -(-length // page))
-        codes = 0 if self.codes is None else self.codes.bytes_to_grow(np.full_like(end, length))
-        self.pages.make_room(np.zeros_like(before), end, before // page, codes)
+        self.pages.make_room(np.zeros_like(before), end, before // page)
         if self.codes is not None:
             self.codes.grow(None, np.full_like(end, length))
         self._changed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from os import PathLike
@@ -40,7 +41,8 @@ def save_criteria(
 
     Raises:
         TypeError: A layer is no int, or a criterion is none.
-        ValueError: A layer is negative, or there is no preset of that name.
+        ValueError: A layer is negative, there is no preset of that name, or a threshold is
+            infinite, which JSON cannot say.
     """
     layers = {}
     for layer, criterion in criteria.items():
@@ -69,7 +71,10 @@ def load_criteria(path: str | PathLike[str]) -> dict[int, Criterion | str | None
             out of range; the message names the file and the layer.
     """
     try:
-        content = json.loads(Path(path).read_text(), object_pairs_hook=_without_doubles)
+        text = Path(path).read_text()
+        content = json.loads(
+            text, object_pairs_hook=_without_doubles, parse_constant=_no_json, parse_float=_finite
+        )
         return _from_json(content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -84,11 +89,20 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _no_json(text: str) -> float:
+    raise ValueError(f"numbers must be finite, got {text}")
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_json(text)
+
+
 def _from_json(content: Any) -> dict[int, Criterion | str | None]:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f'this is no file of criteria: it needs "format": "{_FORMAT}"')
-    if content.get("version") != _VERSION:
-        raise ValueError(f"version must be {_VERSION}, got {content.get('version')!r}")
+    version = content.get("version")
+    if isinstance(version, bool) or version != _VERSION:  # True == 1
+        raise ValueError(f"version must be {_VERSION}, got {version!r}")
     _check_names("the file", content, {"format", "version", "layers"})
     if not isinstance(content.get("layers"), dict):
         raise ValueError('"layers" must be an object with a criterion for each layer')
@@ -139,7 +153,10 @@ def _number(name: str, value: Any) -> Any:
     for entry in value:
         if isinstance(entry, bool) or not isinstance(entry, (int, float)):
             raise ValueError(f"{name} must be a number or a list of numbers, got {value}")
-    return torch.tensor(value, dtype=torch.float32)
+    thresholds = torch.tensor(value, dtype=torch.float32)
+    if not thresholds.isfinite().all():
+        raise ValueError(f"{name} must be numbers of float32, got {value}")
+    return thresholds
 
 
 def _to_json(name: str, criterion: Criterion | str | None) -> Any:
@@ -150,7 +167,7 @@ def _to_json(name: str, criterion: Criterion | str | None) -> Any:
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
     found: dict[str, Any] = {
-        rule: {field.name: _plain(getattr(given, field.name)) for field in fields(given)}
+        rule: {field.name: _plain(name, field.name, given) for field in fields(given)}
         for rule, given in zip(_RULES, rules[:2], strict=True)
         if given is not None
     }
@@ -159,8 +176,12 @@ def _to_json(name: str, criterion: Criterion | str | None) -> Any:
     return found or None
 
 
-def _plain(value: float | Tensor) -> Any:
-    return value.float().tolist() if isinstance(value, Tensor) else value
+def _plain(layer: str, name: str, rule: Any) -> Any:
+    value = getattr(rule, name)
+    plain = value.float().tolist() if isinstance(value, Tensor) else value
+    if not all(map(math.isfinite, plain if isinstance(plain, list) else [plain])):
+        raise ValueError(f"{layer}: {name} must be finite to be saved, got {plain}")
+    return plain
 
 
 def _preset(name: str) -> str:

@@ -112,7 +112,7 @@ class EvictedTable(PageTable):
         heads = self.num_kv_heads
         super().select_rows((rows[:, None] * heads + np.arange(heads)).reshape(-1))
 
-    def preallocate(self, length: int) -> None:
+    def bytes_to_preallocate(self, length: int) -> int:
         """Refused: every head would get pages for all that it may hold.
 
         Raises:

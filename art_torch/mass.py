@@ -24,7 +24,7 @@ class MassRead(NamedTuple):
         lowest: float64 ``[layers]``, of the query head and step that missed most.
         estimated: float64 ``[layers]``, mean over the guided steps, rows and KV heads of what the
             key codes say: the sum of ``exp(log_mass)`` over the units read, divided by that over
-            all units. NaN where no step was guided.
+            all units. NaN where no step was guided. A step counts for those ranks that were guided.
     """
 
     true: Tensor
@@ -42,15 +42,17 @@ class MassSums:
 
     def add(self, true: Tensor, estimated: Tensor | None) -> None:
         """Adds a step: shares ``[rows, num_q_heads]`` and ``[rows, num_kv_heads]``."""
-        self.true.append(true.double().mean())
-        self.lowest.append(true.double().min())
-        if estimated is not None:
-            self.estimated.append(estimated.double().mean())
+        true = true.double()
+        self.true.append(true.mean())
+        self.lowest.append(true.min())
+        # A step that was not guided is kept as NaN: of several ranks, some may guide it.
+        nothing = true.new_full((), torch.nan)
+        self.estimated.append(nothing if estimated is None else estimated.double().mean())
 
     def per_step(self) -> tuple[Tensor, Tensor, Tensor]:
         """True, lowest and estimated share of each step, float64 ``[steps]`` on the CPU.
 
-        Of the estimates there are fewer where some steps were not guided.
+        The estimate of a step that was not guided is NaN.
         """
         nothing = torch.empty(0, dtype=torch.float64)
         parts = (self.true, self.lowest, self.estimated)
@@ -61,15 +63,13 @@ class MassSums:
     def of_steps(cls, true: Tensor, lowest: Tensor, estimated: Tensor) -> MassSums:
         """Sums with what :meth:`per_step` gives."""
         sums = cls()
-        sums.true, sums.lowest = list(true), list(lowest)
-        sums.estimated = list(estimated)
+        sums.true, sums.lowest, sums.estimated = list(true), list(lowest), list(estimated)
         return sums
 
     def means(self) -> tuple[float, float, float]:
         """The numbers of :class:`MassRead`."""
-        estimated = float(torch.stack(self.estimated).mean()) if self.estimated else torch.nan
         true, lowest = torch.stack(self.true).mean(), torch.stack(self.lowest).min()
-        return float(true), float(lowest), estimated
+        return float(true), float(lowest), float(torch.stack(self.estimated).nanmean())
 
 
 def mass_read(arguments: dict[str, Any], result: DecodeResult) -> tuple[Tensor, Tensor | None]:

@@ -26,6 +26,10 @@ class _PageIds:
         self.free: list[int] = []
         self.end = NULL_PAGE + 1  # ids from here on were never used
 
+    def end_after(self, count: int) -> int:
+        """What ``end`` will be once ``count`` more ids are handed out."""
+        return self.end + max(0, count - len(self.free))
+
     def allocate(self, count: int) -> IntArray:
         """``count`` ids with one reference each."""
         reused = [self.free.pop() for _ in range(min(count, len(self.free)))]
@@ -106,9 +110,33 @@ class PageMap(Generic[Storage]):
         self.storages.append(storage)
         return storage
 
-    def bytes_to_grow(self, end: IntArray) -> int:
-        """Bytes that :meth:`make_room` would claim for entries up to ``end`` and no copies."""
-        return self._missing(int(np.maximum(0, end - self.used).sum())) * self._bytes_of_a_page()
+    def bytes_to_grow(
+        self,
+        end: IntArray,
+        write_from: IntArray | None = None,
+        drop_before: IntArray | None = None,
+    ) -> int:
+        """Bytes that :meth:`make_room` would claim.
+
+        Args:
+            end: int64 ``[rows]``, end of the entries that need a page.
+            write_from: int64 ``[rows]``, first entry that will be written to; None for no copies.
+            drop_before: int64 ``[rows]``, of :meth:`drop_before` if that is called first.
+        """
+        count = int(np.maximum(0, end - self.used).sum())
+        if write_from is not None:
+            count += len(self._shared(write_from, np.minimum(end, self.used)))
+        if drop_before is not None:
+            count = max(0, count - self._freed_by(drop_before))
+        return self._missing(count) * self._bytes_of_a_page()
+
+    def _freed_by(self, first: IntArray) -> int:
+        """Pages that :meth:`drop_before` would hand back."""
+        ranges = zip(self.table, self.first.tolist(), first.tolist(), strict=True)
+        ids = np.concatenate([row[begin:end] for row, begin, end in ranges])
+        held = np.bincount(ids, minlength=len(self._ids.references))
+        held[NULL_PAGE] = 0
+        return int(((held > 0) & (held == self._ids.references)).sum())
 
     def make_room(
         self, start: IntArray, end: IntArray, write_from: IntArray, then: int = 0
@@ -136,9 +164,10 @@ class PageMap(Generic[Storage]):
         if int(end.max()) > self.table.shape[1]:
             # Doubling: a new tensor must not come every few tokens.
             self.widen(max(int(end.max()), 2 * self.table.shape[1]))
-        ids = self._ids.allocate(int(grow.sum()) + len(shared))
-        for storage in self.storages:
-            storage.ensure(self._ids.end)
+        count = int(grow.sum()) + len(shared)
+        for storage in self.storages:  # before anything changes, for a device may have no more
+            storage.ensure(self._ids.end_after(count))
+        ids = self._ids.allocate(count)
         position = len(shared)
         if shared:
             self._unshare(shared, ids[:position])
@@ -201,8 +230,7 @@ class PageMap(Generic[Storage]):
 
     def _missing(self, count: int) -> int:
         """Pages to claim before ``count`` can be handed out."""
-        high_water = self._ids.end + max(0, count - len(self._ids.free))
-        return max(0, high_water - self._claimed_pages)
+        return max(0, self._ids.end_after(count) - self._claimed_pages)
 
     def _bytes_of_a_page(self) -> int:
         # Layers show their sizes one by one in the first pass; the rest count as the average.

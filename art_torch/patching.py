@@ -55,7 +55,7 @@ def patch(
         handle.stats.summary()
 
     An :class:`~art_torch.ARTCache` is fastest; the guided walk needs one, the others work with any
-    cache.
+    cache. All of them work in continuous batching (``docs/continuous_batching.md``).
 
     ``"quality"``, ``"balanced"`` and ``"fast"`` are rules for the guided walk: those of
     ``art_torch.PRESETS``. They were chosen to keep the mean KL divergence from exact attention near

@@ -26,7 +26,7 @@ class LayerShare(NamedTuple):
         step_read: int64 ``[kept_steps, num_kv_heads]``, of the steps that are kept one by one.
         step_present: int64 ``[kept_steps]``, the mean over the heads of the rank.
         mass: float64 ``[mass_steps]`` each: true, lowest and estimated share of the softmax mass;
-            empty where it was not measured.
+            empty where it was not measured. The estimate is NaN where the step was not guided.
     """
 
     read: Tensor
@@ -104,16 +104,25 @@ def _join(layer: int, shares: list[LayerShare], num_kv_heads: int) -> LayerShare
             f"layer {layer} has {num_kv_heads} KV heads, the ranks have counted {heads}: gather "
             "over the group of the tensor parallelism"
         )
+    measured = [len(share.mass[0]) for share in shares]
+    if len(set(measured)) > 1:
+        raise ValueError(
+            f"every rank must have measured the mass of the same steps, got {measured} steps of "
+            f"layer {layer}: patch with the same measure_mass on all ranks"
+        )
     weights = torch.tensor(heads, dtype=torch.float64) / num_kv_heads
     true, lowest, estimated = (
         torch.stack(values) for values in zip(*(share.mass for share in shares), strict=True)
     )
-    # A press may leave more to the heads of one rank than to those of another.
+    # A press may leave more to the heads of one rank than to those of another, which then alone has
+    # enough to be guided.
+    guided = weights[:, None] * ~estimated.isnan()
+    estimate = (guided * estimated.nan_to_num()).sum(0) / guided.sum(0)
     step_present = torch.stack([share.step_present for share in shares])
     return first._replace(
         read=torch.cat([share.read for share in shares]),
         present=torch.cat([share.present for share in shares]),
         step_read=torch.cat([share.step_read for share in shares], dim=1),
         step_present=(weights @ step_present.double()).round().long(),
-        mass=(weights @ true, lowest.amin(0), weights @ estimated),
+        mass=(weights @ true, lowest.amin(0), estimate),
     )

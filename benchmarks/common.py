@@ -7,11 +7,12 @@ import json
 import mmap
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -24,8 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# More than the last-level cache of the machines this is meant for.
-FLUSH_BYTES = 64 << 20
+# Several times the last-level cache, for it need not forget the oldest line first: after 64 MB one
+# of 32 MB still held a part, and a call that followed another on the same tokens gained 20 %.
+FLUSH_BYTES = 128 << 20
+# After work PyTorch's threads wait for more at full speed, for a few milliseconds.
+FALL_ASLEEP_SECONDS = 0.02
 
 
 def device_name() -> str:
@@ -202,20 +206,34 @@ def take_turns(
     rounds: int,
     flush: torch.Tensor,
     advance: Callable[[], None],
+    own_threads: Collection[str] = (),
 ) -> Timings:
     """Times ``calls`` one after the other, ``rounds`` times, with cold caches.
 
-    Taking turns lets a change of the machine's speed hit all of them. The order rotates, for the
-    call before may leave traces (a frequency, sleeping threads).
+    Taking turns lets a change of the machine's speed hit all of them. The order is another one
+    every time, for the call before may leave traces (a frequency, code and page tables in caches).
+
+    Args:
+        calls: What is timed.
+        rounds: How often.
+        flush: Memory that is read before each call, by the threads that PyTorch uses.
+        advance: Called after each round.
+        own_threads: Those of ``calls`` that compute with other threads than PyTorch's: before them
+            PyTorch's fall asleep, and one thread flushes.
     """
     names = list(calls)
+    shuffled = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for call in calls.values():  # first calls build caches of their own
         call()
-    for turn in range(rounds):
-        for offset in range(len(names)):
-            name = names[(turn + offset) % len(names)]
-            flush.sum()
+    for _ in range(rounds):
+        shuffled.shuffle(names)
+        for name in names:
+            if name in own_threads and torch.get_num_threads() > 1:
+                time.sleep(FALL_ASLEEP_SECONDS)
+                flush.numpy().sum()
+            else:
+                flush.sum()
             start = time.perf_counter_ns()
             calls[name]()
             samples[name].append((time.perf_counter_ns() - start) / 1e3)

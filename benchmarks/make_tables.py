@@ -24,7 +24,9 @@ from gpu_report import COLUMNS, EXPLANATION, cases_of, cells
 Results = dict[str, Any]
 Row = dict[str, Any]
 SECTION = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
-OTHER_PAGE_SIZE = re.compile(r"_p(?!64\b|64_)")  # than ARTCache's default: in the file only
+# Cases of bench_decode.py that are in the file only: short ones, float16, and other pages than
+# ARTCache's default.
+ONLY_IN_FILE = re.compile(r"_S(128|1024)_|_f16_|_p(?!64\b|64_)")
 MIB = 1 << 20
 # What a reader of the README gets of the points of bench_gpu.py.
 GPU_EXCERPT = {
@@ -64,23 +66,23 @@ def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
 
 
 def decode_table(results: Results) -> str:
-    header = ["case", "art_dense ms", "art_never", "art_half", "sdpa_packed ms", "speed-up"]
+    """Times as fast as others, of whom a file may lack some."""
+    others = {"sdpa_packed": "sdpa", "vllm": "vLLM", "ggml_f16": "ggml f16", "ort": "ONNX Runtime"}
+    cases = by_case([row for row in results["rows"] if not ONLY_IN_FILE.search(row["case"])])
+    others = {
+        impl: title
+        for impl, title in others.items()
+        if any(impl in measured for measured in cases.values())
+    }
+    header = ["case", "art_dense ms", "art_never", "art_half", *(f"/ {o}" for o in others.values())]
     rows = []
-    for case, impls in by_case(results["rows"]).items():
-        if OTHER_PAGE_SIZE.search(case):
-            continue
-        us = {name: row["us_min"] for name, row in impls.items()}
+    for case, measured in cases.items():
+        us = {impl: row["us_min"] for impl, row in measured.items()}
         dense = us["art_dense"]
-        rows.append(
-            [
-                f"`{case}`",
-                f"{dense / 1e3:.2f}",
-                f"{us['art_never'] / dense - 1:+.1%}",
-                f"x {us['art_half'] / dense:.2f}",
-                f"{us['sdpa_packed'] / 1e3:.2f}",
-                f"{us['sdpa_packed'] / dense:.2f} x",
-            ]
-        )
+        half = f"x {us['art_half'] / dense:.2f}" if "art_half" in us else ""
+        cells = [f"`{case}`", f"{dense / 1e3:.2f}", f"{us['art_never'] / dense - 1:+.1%}", half]
+        cells += [f"{us[impl] / dense:.2f} x" if impl in us else "" for impl in others]
+        rows.append(cells)
     text = "Minima of interleaved runs, caches flushed"
     ceiling = f"a plain read reaches {results['ceiling_gbps']:.1f} GB/s"
     return f"{text}; {ceiling}. {conditions(results)}.\n\n{markdown(header, rows)}"

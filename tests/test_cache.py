@@ -309,3 +309,37 @@ def test_preallocate_refuses():
         model.table.preallocate(200)
     model.append(1, 1)
     model.check()
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_preallocate_claims_what_it_says(window):
+    """Pages that left the window are used again, and pages that rows share are copied."""
+    model = Model(window)
+    model.append(2, 30)
+    model.append(2, 10)
+    model.table.select_rows(np.array([0, 1, 1]))
+    model.rows = [model.rows[0], model.rows[1], model.rows[1]]
+    lengths = iter((70, 100, 300))
+    for length in lengths:  # the later ones while it is preallocated
+        needed = model.table.bytes_to_preallocate(length)
+        assert needed > 0
+        used = model.budget.used_bytes
+        model.budget.max_bytes = used + needed - 1
+        model.table.leave_static()
+        with pytest.raises(CacheMemoryError):
+            model.table.preallocate(length)
+        model.check()
+        model.budget.max_bytes += 1
+        model.table.preallocate(length)
+        assert model.budget.used_bytes == used + needed
+        model.table.leave_static()
+        model.check()
+        model.table.preallocate(length)
+        for _ in range(25):
+            model.table.advance()
+            new = torch.randn(3, 2, HEADS, DIM + VALUE_DIM, generator=model.generator)
+            for layer, storage in enumerate(model.table.pages.storages):
+                caches = storage.key_cache, storage.value_cache
+                part, slots = new[:, layer], model.table.static_slots
+                append_kv(part[..., :DIM], part[..., DIM:], *caches, slots)
+            model.rows = [torch.cat([row, new[i : i + 1]]) for i, row in enumerate(model.rows)]

@@ -69,6 +69,33 @@ def test_mass_is_a_mean_over_all_heads():
     assert float(mass.estimated) == pytest.approx(0.4)
 
 
+def test_mass_where_one_rank_has_too_little_to_be_guided():
+    """As after a press with a budget for each head."""
+    first, second = counted([[1, 2, 3], [1, 2, 3]]), counted([[4], [4]])
+    for stats, heads, estimates in ((first, 3, [0.5, 0.7]), (second, 1, [None, 0.3])):
+        for estimate in estimates:
+            of_step = None if estimate is None else torch.full((1, heads), estimate)
+            stats.add_mass(3, torch.full((1, heads), 0.9), of_step)
+    assert float(join([first, second], 4).mass_read().estimated) == pytest.approx(0.55)
+    assert float(join([second, first], 4).mass_read().estimated) == pytest.approx(0.55)
+
+
+def test_mass_that_no_rank_has_estimated():
+    ranks = [counted([[1]]), counted([[2]])]
+    for stats in ranks:
+        stats.add_mass(3, torch.tensor([[0.9]]), None)
+    mass = join(ranks, 2).mass_read()
+    assert float(mass.true) == pytest.approx(0.9)
+    assert mass.estimated.isnan().all()
+
+
+def test_mass_that_one_rank_has_not_measured():
+    first, second = counted([[1]]), counted([[2]])
+    first.add_mass(3, torch.tensor([[0.9]]), None)
+    with pytest.raises(ValueError, match=r"got \[1, 0\] steps of layer 3: patch with the same"):
+        join([first, second], 2)
+
+
 def test_no_step_of_any_rank():
     joined = join([ReadStats(), ReadStats()], 4)
     with pytest.raises(ValueError, match="no decode step has run"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -23,6 +24,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from art_torch.integrations.transformers.attention import settings_of
 from art_torch.integrations.transformers.paged_attention import STEP, paged_attention
+from art_torch.integrations.transformers.paged_codes import PagedCodes
 from art_torch.integrations.transformers.paged_step import PagedStep
 from art_torch.integrations.transformers.patching import PatchHandle
 
@@ -49,8 +51,8 @@ def enable(handle: PatchHandle) -> ContinuousBatching:
 
     Raises:
         TypeError: ``handle`` is no handle of :func:`art_torch.patch`.
-        ValueError: The walk is ``"guided"``, ``dense_every`` was given, or the model has no
-            continuous batching, or one that computes something else than the model.
+        ValueError: ``dense_every`` was given, or the model has no continuous batching, or one that
+            computes something else than the model.
         RuntimeError: This version of transformers is not supported; the model is not patched any
             more, is enabled already, has a manager that was kept from before, or shares its config
             with another patched model.
@@ -91,7 +93,8 @@ class ContinuousBatching:
                 copies[id(own)]._attn_implementation_internal = "art_paged"
             module._art_own_config = own
             module.config = copies[id(own)]
-        self._hook = handle.model.register_forward_pre_hook(_begin_step, with_kwargs=True)
+        self._codes: WeakKeyDictionary[PagedAttentionCache, PagedCodes] = WeakKeyDictionary()
+        self._hook = handle.model.register_forward_pre_hook(self._begin_step, with_kwargs=True)
         self.active = True
 
     def disable(self) -> None:
@@ -109,6 +112,17 @@ class ContinuousBatching:
                 del module._art_own_config
             if self.handle.active:
                 self.handle.take_configs(self._configs)
+
+    @torch.compiler.disable
+    def _begin_step(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before each forward pass of the model: gives a pass of continuous batching its step."""
+        cache = kwargs.get("cache")
+        if not isinstance(cache, PagedAttentionCache):
+            return None
+        step = PagedStep(kwargs, self._codes.setdefault(cache, PagedCodes()))
+        return args, kwargs | {"cache": step, STEP: step}
 
     def __enter__(self) -> ContinuousBatching:
         return self
@@ -155,11 +169,6 @@ def _check_handle(handle: PatchHandle) -> None:
             "dense_every counts the tokens of a batch, and sequences of continuous batching have "
             "lengths of their own: patch without it"
         )
-    if any(settings.guided for settings in patched):
-        raise ValueError(
-            'walk="guided" needs the key codes of an ARTCache, and continuous batching has a cache '
-            'of its own: patch with another walk, such as "sink_recent"'
-        )
     if getattr(model, "_cached_continuous_batching_manager", None) is not None:
         raise RuntimeError(
             f"this {name} has a continuous batching manager from before: call "
@@ -182,14 +191,3 @@ def _check_configs(handle: PatchHandle, configs: list[PreTrainedConfig]) -> None
                 f"leaves that out with {config._attn_implementation!r}: load the model with "
                 'attn_implementation="flash_attention_2", or use generate()'
             )
-
-
-@torch.compiler.disable
-def _begin_step(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before each forward pass of the model: gives a pass of continuous batching its step."""
-    if not isinstance(kwargs.get("cache"), PagedAttentionCache):
-        return None
-    step = PagedStep(kwargs)
-    return args, kwargs | {"cache": step, STEP: step}

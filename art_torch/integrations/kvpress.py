@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from art_torch.integrations.transformers.patching import attention_modules
+from art_torch.integrations.transformers.patching import attention_modules, base_model
 from art_torch.integrations.transformers.presses import require_kvpress, serve_presses
 
 __all__ = ["compatible"]
@@ -35,15 +35,15 @@ def compatible(model: PreTrainedModel) -> Iterator[None]:
             model.generate(**inputs, past_key_values=DynamicCache(config=model.config))
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or one of peft around it. Presses
+            themselves go by the layers, and take ``model.get_base_model()`` of peft.
 
     Raises:
         TypeError: ``model`` is no model of transformers.
         ModuleNotFoundError: kvpress is not installed.
         RuntimeError: It is too old.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    model = base_model(model)
     require_kvpress()
     hooks = [
         module.register_forward_hook(serve_presses, prepend=True, with_kwargs=True)

@@ -50,6 +50,8 @@ const std::vector<Target>& all_targets() {
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c"),
        avx2::kernels},
+#elif defined(__aarch64__)
+      {"neon", true, neon::kernels},
 #endif
       {"baseline", true, baseline::kernels},
   };

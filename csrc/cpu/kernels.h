@@ -83,6 +83,10 @@ const Kernels& kernels(DType dtype);
 namespace amx {
 const Kernels& kernels(DType dtype);
 }
+#elif defined(__aarch64__)
+namespace neon {
+const Kernels& kernels(DType dtype);
+}
 #endif
 
 // Name of the SIMD target in use: the best one the machine runs, or the one that the environment

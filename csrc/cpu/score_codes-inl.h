@@ -33,23 +33,22 @@ void scale_query(const CodeLayout& layout, const CodeGrids& grids, int32_t num_h
   }
 }
 
-// Scores of all tokens of a unit for kHeads heads. kLanes sums run at a time, so that one
-// transposed addition finishes them all.
+// Scores of all tokens of a unit for kHeads heads. At least kLanes sums run at a time, so that one
+// transposed addition finishes as many.
 template <int kHeads>
 ART_INLINE void score_unit(const CodeLayout& layout, const uint8_t* unit, const float* scaled,
                            const float* offsets, float* scores) {
-  constexpr int kLines = kLanes / kHeads / 2;
+  constexpr int kSums = 2 * kHeads > kLanes ? 2 * kHeads : kLanes;
+  constexpr int kLines = kSums / kHeads / 2;
   const int32_t line = 4 * layout.steps, fields = padded_fields(layout);
-  VecF offset;
-  for (int i = 0; i < kLanes; ++i) offset[i] = offsets[i / (2 * kLines)];
   for (int32_t first = 0; first < kUnitTokens / 2; first += kLines) {
-    VecF sums[kLanes] = {};  // [kHeads][t or t + 8][kLines]
+    VecF sums[kSums / kLanes][kLanes] = {};  // [kHeads][t or t + 8][kLines]
     for (int32_t i = 0; i < line; i += kLanes) {
       VecU field[kLines];
 #pragma GCC unroll 16
       for (int l = 0; l < kLines; ++l) {
         const uint8_t* from = unit + (first + l) * layout.line_bytes() + 2 * i;
-        field[l] = __builtin_convertvector(load_raw<VecOf<kLanes>::H>(from), VecU);
+        field[l] = load_words<kLanes>(from);
       }
 #pragma GCC unroll 4
       for (int place = 0; place < kPlaces; ++place) {
@@ -63,17 +62,20 @@ ART_INLINE void score_unit(const CodeLayout& layout, const uint8_t* unit, const 
           const VecU code = field[t % kLines] << (21 - 2 * place - t / kLines * 8);
           const VecF number = bit_cast<VecF>((code & 0x00600000) | 0x3f800000);
 #pragma GCC unroll 16
-          for (int h = 0; h < kHeads; ++h) sums[h * 2 * kLines + t] += number * query[h];
+          for (int h = 0; h < kHeads; ++h) {
+            const int at = h * 2 * kLines + t;
+            sums[at / kLanes][at % kLanes] += number * query[h];
+          }
         }
       }
     }
-    const VecF result = transpose_add(sums) + offset;
+    float results[kSums];
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums / kLanes; ++i) store(results + i * kLanes, transpose_add(sums[i]));
     for (int h = 0; h < kHeads; ++h) {
-      for (int half = 0; half < 2; ++half) {
-        __builtin_memcpy(
-            scores + h * kScoreStride + half * 8 + first,
-            reinterpret_cast<const char*>(&result) + (2 * h + half) * kLines * sizeof(float),
-            kLines * sizeof(float));
+      for (int t = 0; t < 2 * kLines; ++t) {
+        scores[h * kScoreStride + t / kLines * 8 + first + t % kLines] =
+            results[h * 2 * kLines + t] + offsets[h];
       }
     }
   }
@@ -82,7 +84,6 @@ ART_INLINE void score_unit(const CodeLayout& layout, const uint8_t* unit, const 
 // Scores of one group for all heads, [group_size, kScoreStride]. `next` is a record to fetch.
 void score_group(const DecodeParams& params, const CodeLayout& layout, const uint8_t* record,
                  const uint8_t* next, GuidedScratch& scratch) {
-  constexpr int kMostHeads = kLanes / 2 < kHeadsPerPass ? kLanes / 2 : kHeadsPerPass;
   const int32_t stride = kPlaces * padded_fields(layout);
   const CodeGrids grids(layout, record);
   for (int32_t g = 0; g < params.group_size; g += kHeadsPerPass) {
@@ -97,13 +98,10 @@ void score_group(const DecodeParams& params, const CodeLayout& layout, const uin
       float* scores = scratch.tile.scores + g * kScoreStride + unit * kUnitTokens;
       if (left == 1) {
         score_unit<1>(layout, codes, scaled, offsets, scores);
-      } else if (left == 2 || kMostHeads == 2) {
+      } else if (left == 2) {
         score_unit<2>(layout, codes, scaled, offsets, scores);
-        if (left > 2) {
-          score_unit<2>(layout, codes, scaled + 2 * stride, offsets + 2, scores + 2 * kScoreStride);
-        }
       } else {  // a row of zeros beats two passes over the codes
-        score_unit<kMostHeads>(layout, codes, scaled, offsets, scores);
+        score_unit<kHeadsPerPass>(layout, codes, scaled, offsets, scores);
       }
     }
   }

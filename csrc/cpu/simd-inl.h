@@ -49,18 +49,22 @@ ART_INLINE typename VecOf<N>::F load_n(const float* from) {
   return load_raw<typename VecOf<N>::F>(from);
 }
 
+// 16-bit numbers, zero-extended.
+template <int N>
+ART_INLINE typename VecOf<N>::U load_words(const void* from) {
+  return __builtin_convertvector(load_raw<typename VecOf<N>::H>(from), typename VecOf<N>::U);
+}
+
 template <int N>
 ART_INLINE typename VecOf<N>::F load_n(const BFloat16* from) {
-  using U = typename VecOf<N>::U;
-  const U bits = __builtin_convertvector(load_raw<typename VecOf<N>::H>(from), U) << 16;
-  return bit_cast<typename VecOf<N>::F>(bits);
+  return bit_cast<typename VecOf<N>::F>(load_words<N>(from) << 16);
 }
 
 template <int N>
 ART_INLINE typename VecOf<N>::F load_n(const Float16* from) {
   using U = typename VecOf<N>::U;
   using F = typename VecOf<N>::F;
-  const U half = __builtin_convertvector(load_raw<typename VecOf<N>::H>(from), U);
+  const U half = load_words<N>(from);
   const U magnitude = (half & 0x7fff) << 13;
   // The exponent bias is 112 larger in float; infinities and NaN keep the largest exponent.
   const U finite = bit_cast<U>(bit_cast<F>(magnitude) * 0x1p112f);
@@ -93,16 +97,6 @@ ART_INLINE VecOf<4>::F load_n<4>(const int8_t* from) {
 template <class T>
 ART_INLINE VecF load(const T* from) {
   return load_n<kLanes>(from);
-}
-
-// Half a vector, zeros above it: the end of a row whose length is no multiple of kLanes.
-template <class T>
-ART_INLINE VecF load_half(const T* from) {
-  constexpr int kHalf = kLanes / 2;
-  VecF v = {};
-  const auto half = load_n<kHalf>(from);
-  __builtin_memcpy(&v, &half, sizeof(half));
-  return v;
 }
 
 ART_INLINE VecF broadcast(float x) { return x - VecF{}; }
@@ -144,6 +138,18 @@ template <int... I>
 struct MakeIndices<0, I...> {
   using type = Indices<I...>;
 };
+
+// Half a vector, zeros above it: the end of a row whose length is no multiple of kLanes. Not by way
+// of memory, or vectors that are made so stay there.
+template <class T, int... I>
+ART_INLINE VecF load_half(const T* from, Indices<I...>) {
+  const auto half = load_n<kLanes / 2>(from);
+  return __builtin_shufflevector(half, decltype(half){}, I...);
+}
+template <class T>
+ART_INLINE VecF load_half(const T* from) {
+  return load_half(from, MakeIndices<kLanes>::type{});
+}
 
 template <int N, int... I>
 ART_INLINE typename VecOf<N / 2>::F half_of(typename VecOf<N>::F v, bool upper, Indices<I...>) {

@@ -1,4 +1,4 @@
-// What every machine of the architecture runs: SSE2 on x86-64, NEON on aarch64.
+// What every machine runs, by what the compiler takes for granted: SSE2 on x86-64, for example.
 #include "cpu/kernels.h"
 
 namespace art::cpu::baseline {

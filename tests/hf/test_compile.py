@@ -101,3 +101,55 @@ def test_preallocate_past_its_length_fails(tiny):
             model(prompt(1, 1), past_key_values=cache)
         with pytest.raises(RuntimeError):
             model(prompt(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("why", ["limit", "device"])
+def test_a_preallocation_that_does_not_fit_changes_nothing(tiny, why, monkeypatch):
+    model, ids = tiny("gemma2"), prompt(2, 60)  # layers with a window, and without one
+    with art_torch.patch(model, None):
+        expected = model(prompt(2, 5, seed=1), past_key_values=filled(model, ids)).logits
+        cache = filled(model, ids)
+        if why == "limit":
+            first, *others = (table.bytes_to_preallocate(900) for table in cache.tables.values())
+            assert first
+            assert all(others)
+            cache.budget.max_bytes = cache.budget.used_bytes + first + sum(others) - 1
+            with pytest.raises(MemoryError, match="pass a larger max_bytes"):
+                cache.preallocate(900)
+            cache.budget.max_bytes += 1
+        else:
+            *_, last = cache.tables.values()
+
+            def no_memory(num_pages):
+                raise torch.OutOfMemoryError(f"{num_pages} pages")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(last.pages.storages[-1], "ensure", no_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    cache.preallocate(900)
+        assert not any(table.static_len for table in cache.tables.values())
+        got = model(prompt(2, 5, seed=1), past_key_values=cache).logits
+        assert torch.equal(got, expected)
+        cache.preallocate(900)
+
+
+def test_a_longer_preallocation_that_does_not_fit_leaves_the_shorter_one(tiny):
+    model = tiny("gemma2")
+    with art_torch.patch(model, None):
+        cache = filled(model, prompt(2, 60))
+        cache.preallocate(100)
+        before = [(table.static_len, table.padded_tensor) for table in cache.tables.values()]
+        cache.budget.max_bytes = cache.budget.used_bytes
+        with pytest.raises(MemoryError, match="pass a larger max_bytes"):
+            cache.preallocate(900)
+        with pytest.raises(ValueError, match="at least the 60 tokens"):
+            cache.preallocate(59)
+    after = [(table.static_len, table.padded_tensor) for table in cache.tables.values()]
+    assert [a[0] for a in after] == [100, 100]
+    assert all(a[1] is b[1] for a, b in zip(after, before, strict=True))
+
+
+def filled(model, ids):
+    cache = art_torch.ARTCache(model.config, page_size=16)
+    model(ids, past_key_values=cache)
+    return cache

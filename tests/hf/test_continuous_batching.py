@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache, ini
 import art_torch
 from art_torch.integrations import continuous_batching
 from art_torch.integrations.transformers import paged_step
+from art_torch.integrations.transformers.paged_codes import PagedCodes
 
 NAMES = ["llama", "qwen3", "mistral", "gemma3", "gpt_oss"]
 
@@ -271,7 +272,7 @@ def test_block_tables_of_padded_batches():
         "cu_seq_lens_q": torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
         "cu_seq_lens_k": {"full_attention": nothing},
     }
-    step = paged_step.PagedStep(batch)
+    step = paged_step.PagedStep(batch, PagedCodes())
     rows = step.rows(paged_step.layer_pool(step.cache, 0))
     assert rows.seq_lens.tolist() == [20, 33, 0, 0]
     assert rows.slots.tolist() == [9 * PAGE + 3, 5 * PAGE, -1, -1]

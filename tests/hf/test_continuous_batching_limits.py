@@ -141,11 +141,6 @@ def test_refused_handles(tiny):
     with pytest.raises(RuntimeError, match="not patched any more"):
         continuous_batching.enable(handle)
     with (
-        art_torch.patch(model, None, walk="guided") as handle,
-        pytest.raises(ValueError, match=r'walk="guided" needs .* patch with another walk'),
-    ):
-        continuous_batching.enable(handle)
-    with (
         art_torch.patch(model, None, dense_every=8) as handle,
         pytest.raises(ValueError, match=r"dense_every counts .*: patch without it"),
     ):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batched import answers, prompts_of
+from batched import answers, batching, prompts_of
 from test_art_on import CRITERION, SIZES
-from tiny_models import build
+from test_guided import RULE
+from test_guided_batching import GUIDED, PAGE, Checker
+from tiny_models import PAD, build
+from transformers import GenerationConfig
 from transformers.generation.continuous_batching import initialization
 
 import art_torch
@@ -63,3 +66,40 @@ def test_reading_stops(how):
         first = answers(model, prompts, **how)
         assert 0.0 < handle.stats.read_fraction() < 1.0
         assert answers(model, prompts, **how) == first
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_guided_walk_without_a_criterion(name):
+    model, prompts = on_gpu(name), prompts_of(5, 300, 130, 64, 260, 1)
+    options = {"page_size": PAGE, "num_blocks": 12, "use_cuda_graph": False}
+    expected = answers(model, prompts, **options)
+    checker = Checker()
+    patched = art_torch.patch(model, None, on_call=checker.check_only, **GUIDED)
+    with patched as handle, continuous_batching.enable(handle):
+        assert answers(model, prompts, **options) == expected
+    assert not checker.problems
+    assert checker.groups > 0
+    assert handle.stats.read_fraction() == 1.0
+
+
+def test_guided_walk_stops():
+    model, prompts = on_gpu("llama"), prompts_of(600, 60, 450)
+    options = {"page_size": PAGE, "use_cuda_graph": False}
+    patched = art_torch.patch(model, RULE, **GUIDED)
+    with patched as handle, continuous_batching.enable(handle):
+        first = answers(model, prompts, **options)
+        assert 0.0 < handle.stats.read_fraction() < 1.0
+        assert answers(model, prompts, **options) == first
+
+
+def test_guided_walk_in_graphs_is_refused():
+    model, config = on_gpu("llama"), GenerationConfig(max_new_tokens=3, pad_token_id=PAD)
+    patched = art_torch.patch(model, RULE, **GUIDED)
+    with patched as handle, continuous_batching.enable(handle):
+        outputs = model.generate_batch(
+            prompts_of(90),
+            generation_config=config,
+            continuous_batching_config=batching(page_size=PAGE, use_cuda_graph=True),
+        )
+    (output,) = outputs.values()
+    assert "pass use_cuda_graph=False to ContinuousBatchingConfig" in output.error

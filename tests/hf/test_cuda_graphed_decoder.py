@@ -173,6 +173,8 @@ def test_a_refused_prompt_changes_nothing(model_on):
         logits, got = decoder.prefill(ids), []
         with pytest.raises(ValueError, match="the prompt has 60 tokens, more than max_length 45"):
             decoder.prefill(prompt(2, 60))
+        with pytest.raises(ValueError, match="and 7 new ones do not fit into max_length 45"):
+            decoder.generate(ids, 7)  # before the prompt is run
         for _ in range(4):
             got.append(int(logits.argmax()))
             logits = decoder.step(logits.argmax(-1))

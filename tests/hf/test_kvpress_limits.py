@@ -97,6 +97,36 @@ def test_patched_model_with_a_dynamic_cache(llama, press):
     assert handle.stats.exact_fallbacks == 0
 
 
+def test_dense_every_counts_evicted_tokens(llama):
+    """Of an ARTCache; the layers of a dense cache differ, and do not tell what was evicted."""
+    ids, exact = prompt(1, PROMPT), []
+
+    def on_call(layer, arguments, _):
+        if layer == 0:
+            exact.append(arguments["criterion"] is None)
+
+    rule = art_torch.Stability(0.3, 0.1, 1)
+    options = {"dense_every": 4, "on_call": on_call}
+    with art_torch.patch(llama, rule, **options), press_of("pyramidkv")(llama):
+        generate(llama, ids, art_torch.ARTCache(llama.config), max_new_tokens=10)
+        assert exact == [(PROMPT + i) % 4 == 0 for i in range(1, 10)]
+        with pytest.raises(NotImplementedError, match=r"pass art_torch\.ARTCache\(model\.config\)"):
+            generate(llama, ids, DynamicCache(config=llama.config))
+
+
+def test_models_of_peft(llama):
+    """A press goes by the layers of the model inside, as everything here does."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, ids = peft.get_peft_model(make("llama"), settings).eval(), prompt(1, PROMPT)
+    inner = model.get_base_model()
+    with compatible(model), press_of("knorm")(inner):
+        expected = generate(model, ids, DynamicCache(config=model.config))
+    with art_torch.patch(model, None), press_of("knorm")(inner):
+        assert_same(generate(model, ids, art_torch.ARTCache(model.config)), expected)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_two_models(llama):
     """One with a press, one without, in turn."""
     other, ids = make("qwen3"), prompt(1, PROMPT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -237,6 +238,7 @@ def one_layer(value):
 
 
 STABILITY = {"d_scale": 0.1, "d_direction": 0.1, "patience": 1}
+STABILITY_RULE = {"stability": STABILITY}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,7 @@ STABILITY = {"d_scale": 0.1, "d_direction": 0.1, "patience": 1}
         ('{"layers": {}}', "no file of criteria"),
         ('{"format": "art_torch.criteria", "layers": {}}', "version must be 1, got None"),
         ('{"format": "art_torch.criteria", "version": 2}', "version must be 1, got 2"),
+        ('{"format": "art_torch.criteria", "version": true}', "version must be 1, got True"),
         ('{"format": "art_torch.criteria", "version": 1}', '"layers" must be an object'),
         (
             '{"format": "art_torch.criteria", "version": 1, "layers": {}, "walk": "guided"}',
@@ -255,6 +258,14 @@ STABILITY = {"d_scale": 0.1, "d_direction": 0.1, "patience": 1}
         (one_layer(None)[:-2] + ', "3": null}}', "'3' is there twice"),
         (one_layer(None).replace('"3"', '"-1"'), "a layer must be a number from 0 on, got '-1'"),
         (one_layer(None).replace('"3"', '"03"'), "a layer must be a number from 0 on, got '03'"),
+        *(
+            (one_layer(STABILITY_RULE).replace("0.1", number), f"must be finite, got {number}")
+            for number in ("NaN", "Infinity", "-Infinity", "1e999")
+        ),
+        (
+            one_layer({"stability": STABILITY | {"d_scale": [0.1, 1e39]}}),
+            r"layer 3: d_scale must be numbers of float32, got \[0.1, 1e\+39\]",
+        ),
         (one_layer("best"), "layer 3: a preset must be one of quality, .* got 'best'"),
         (one_layer(0.1), "layer 3: a criterion must be null, .* got 0.1"),
         (one_layer({"rule": 1}), "layer 3: a criterion must be null, .* got {'rule': 1}"),
@@ -311,6 +322,16 @@ def test_a_missing_file(tmp_path):
         ({-1: None}, ValueError, "a layer must not be negative, got -1"),
         ({1: 0.1}, TypeError, "layer 1: criterion must be a Stability, .* got float"),
         ({1: "best"}, ValueError, "a preset must be one of quality, balanced, fast, got 'best'"),
+        (
+            {1: art_torch.Stability(math.inf, 0.1, 1) | art_torch.ResidualMass(0.1)},
+            ValueError,
+            "layer 1: d_scale must be finite to be saved, got inf",
+        ),
+        (
+            {1: per_head([0.1, math.inf])},
+            ValueError,
+            r"layer 1: d_scale must be finite to be saved, got \[0.1.*, inf\]",
+        ),
     ],
 )
 def test_what_cannot_be_saved(tmp_path, criteria, error, message):

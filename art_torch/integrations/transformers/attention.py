@@ -151,6 +151,11 @@ def art_attention(
     reason = _why_exact(settings, module, query, key, value, kwargs)
     pressed = settings is not None and are_pressing(module, settings)
     if layer is None:
+        if settings is not None and pressed and settings.dense_every is not None:
+            raise NotImplementedError(
+                "dense_every counts the tokens that a press evicts as well, and only an ARTCache "
+                "remembers how many: pass art_torch.ARTCache(model.config), or patch without it"
+            )
         forget_masked_keys(module, query, key)
         if settings is None or reason is not None:
             _note(settings, reason)

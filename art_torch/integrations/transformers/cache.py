@@ -160,13 +160,20 @@ class ARTCache(Cache):
             max_length: Tokens a row may reach, pads not counted.
 
         Raises:
-            CacheMemoryError: The memory limit does not allow it.
+            CacheMemoryError: The memory limit does not allow it. Nothing has changed then.
             ValueError: The cache is empty, or longer already.
             NotImplementedError: A press has compressed it.
         """
+        tables = self._tables_in_use()
+        needed = sum(table.bytes_to_preallocate(max_length) for table in tables)
+        self.budget.claim(0, tables[0].device, needed)
         self._leave_static()
-        for table in self._tables_in_use():
-            table.preallocate(max_length)
+        try:
+            for table in tables:
+                table.preallocate(max_length)
+        except BaseException:  # the device itself has no more memory
+            self._leave_static()
+            raise
 
     def _leave_static(self) -> None:
         for layer in self._paged():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,22 @@ def cache_argument(model: PreTrainedModel) -> str:
 def _arguments_of(model: PreTrainedModel) -> set[str]:
     """Names of what a model takes; a model of peft hands on what it does not name itself."""
     return set(inspect.signature(base_model(model).forward).parameters)
+
+
+class _Prompt(NamedTuple):
+    """A prompt on the device.
+
+    Attributes:
+        ids: int64 ``[batch, tokens]``.
+        mask: int64 ``[batch, tokens]``, 0 for pads on the left.
+        lengths: int64 ``[batch, 1]``, tokens of each row, pads left out.
+        longest: The largest of them.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    lengths: Tensor
+    longest: int
 
 
 class GraphedDecoder:
@@ -118,6 +134,12 @@ class GraphedDecoder:
                 than ``max_length``.
             CacheMemoryError: ``max_length`` tokens do not fit.
         """
+        return self._prefill(self._checked(input_ids, attention_mask))
+
+    def _checked(
+        self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int = 0
+    ) -> _Prompt:
+        """The prompt on the device, if it and what follows it can be run."""
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids must be [batch, tokens], got {list(input_ids.shape)}")
         input_ids = input_ids.to(self._device)
@@ -136,8 +158,18 @@ class GraphedDecoder:
             raise ValueError(
                 f"the prompt has {longest} tokens, more than max_length {self.max_length}"
             )
+        # The last token is not fed any more.
+        if longest + new_tokens - 1 > self.max_length:
+            raise ValueError(
+                f"{longest} tokens of the prompt and {new_tokens} new ones do not fit into "
+                f"max_length {self.max_length}"
+            )
         if self._records:
             self._check_recordable()
+        return _Prompt(input_ids, mask, lengths, longest)
+
+    def _prefill(self, prompt: _Prompt) -> Tensor:
+        input_ids, mask, lengths, longest = prompt
         self._longest, self._steps, self._graph = longest, 0, None
         self._prompts += 1
         self._patch = self._patch_now()
@@ -208,14 +240,9 @@ class GraphedDecoder:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         choose = choose or (lambda logits: logits.argmax(-1))
-        logits = self.prefill(input_ids, attention_mask)
+        with torch.no_grad():
+            logits = self._prefill(self._checked(input_ids, attention_mask, max_new_tokens))
         prompt = self._prompts
-        # The last token is not fed any more.
-        if self._longest + max_new_tokens - 1 > self.max_length:
-            raise ValueError(
-                f"{self._longest} tokens of the prompt and {max_new_tokens} new ones do not fit "
-                f"into max_length {self.max_length}"
-            )
         ends = self._end_tokens()
         pad = self.model.generation_config.pad_token_id
         ended = torch.zeros(len(logits), dtype=torch.bool, device=self._device)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from art_torch.integrations.transformers.attention import LayerSettings, call_operator, settings_of
 from art_torch.integrations.transformers.exact import eager_of
 from art_torch.integrations.transformers.paged_step import LayerPool, PagedStep, layer_pool
+from art_torch.integrations.transformers.plan import READ_ALL, note_unguided
 from art_torch.integrations.transformers.presses import has_presses
 from art_torch.ops import append_kv
 
@@ -55,7 +56,9 @@ def paged_attention(
 
     Raises:
         NotImplementedError: A press of kvpress is active.
-        ValueError: The pages do not fit the units of the walk.
+        ValueError: The pages do not fit the units of the walk, or the groups of key codes.
+        RuntimeError: The walk is guided, and the pass is recorded in a CUDA graph or the cache was
+            made under ``inference_mode()``.
     """
     step: PagedStep | None = kwargs.pop(STEP, None)
     own = dict(kwargs, dropout=dropout)
@@ -67,14 +70,33 @@ def paged_attention(
             "use generate() with an ARTCache"
         )
     settings = settings_of(module)
-    if settings is None or not step.decodes:
-        return _exact(module, step, query, key, value, attention_mask, own)
-    if own.get("position_bias") is not None:
-        settings.note_exact("decode steps run with exact attention: the model passes position_bias")
+    if settings is None:
         return _exact(module, step, query, key, value, attention_mask, own)
     pool = layer_pool(step.cache, settings.layer)
+    guided = settings.guided and pool.window is None
+    with step.codes.writing(settings.layer, guided, step, pool):
+        return _attend(module, settings, step, pool, query, key, value, attention_mask, own)
+
+
+def _attend(
+    module: nn.Module,
+    settings: LayerSettings,
+    step: PagedStep,
+    pool: LayerPool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    own: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Decode rows by the operator, all others by the model's own attention."""
+    if not step.decodes:
+        return _exact(module, step, query, key, value, mask, own)
+    if own.get("position_bias") is not None:
+        settings.note_exact("decode steps run with exact attention: the model passes position_bias")
+        return _exact(module, step, query, key, value, mask, own)
     if step.is_decode is not None:  # the device alone knows which rows decode
-        exact, _ = _exact(module, step, query, key, value, attention_mask, own)
+        exact, _ = _exact(module, step, query, key, value, mask, own)
         return step.merge(exact, _decode(settings, step, pool, query, own)), None
     new_keys, new_values = (_of_rows(step, new) for new in (key, value))
     append_kv(new_keys, new_values, pool.key_pages, pool.value_pages, step.rows(pool).slots)
@@ -86,10 +108,9 @@ def paged_attention(
     for sequence, first, end in step.prefills:
         new = slice(first, end)
         inputs, seen = step.prefill_inputs(pool, sequence)
-        assert attention_mask is not None
-        mask = attention_mask[..., new, seen]
+        assert mask is not None
         q, k, v = (part[:, :, new] for part in (query, key, value))
-        out[:, new] = _exact(module, step, q, k, v, mask, own | inputs)[0]
+        out[:, new] = _exact(module, step, q, k, v, mask[..., new, seen], own | inputs)[0]
     return out, None
 
 
@@ -116,6 +137,8 @@ def _decode(
         settings.note_once(_WINDOW_NOTE)
         plan |= {"criterion": None, "walk": "oldest_first"}
     rows = step.rows(pool)
+    if plan["walk"] == "guided":
+        plan |= _guided_plan(settings, step, pool)
     result = call_operator(
         settings,
         {name: own.get(name) for name in ("scaling", "softcap", "s_aux")},
@@ -134,6 +157,16 @@ def _decode(
     else:
         settings.stats.add(settings.layer, result.tokens_read, rows.present)
     return result.out
+
+
+def _guided_plan(settings: LayerSettings, step: PagedStep, pool: LayerPool) -> dict[str, Any]:
+    """Codes of the decode rows, or a walk that reads everything where that is faster."""
+    token_bytes = pool.key_pages[0, 0].nbytes + pool.value_pages[0, 0].nbytes
+    tokens = step.rows(pool).block_table.numel() * pool.page_size  # at most
+    if tokens * token_bytes < settings.least_guided_bytes:
+        note_unguided(settings)
+        return READ_ALL
+    return step.codes.arguments(settings.layer, step, pool)
 
 
 # ---------------------------------------------------------------- the model's own attention

@@ -6,13 +6,18 @@ so that a pass can be captured in its CUDA graphs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-__all__ = ["DecodeRows", "LayerPool", "PagedStep", "layer_pool"]
+from art_torch.guided import GROUP_TOKENS
+
+if TYPE_CHECKING:
+    from art_torch.integrations.transformers.paged_codes import PagedCodes
+
+__all__ = ["CodedGroups", "DecodeRows", "LayerPool", "PagedStep", "layer_pool"]
 
 
 class LayerPool(NamedTuple):
@@ -24,12 +29,14 @@ class LayerPool(NamedTuple):
         group: Which of the read and write indices and block tables are the layer's.
         window: Tokens a query of a sliding layer sees: the token at ``position`` is kept at
             ``position % window``; None for full attention.
+        page_stride: Page ids of the layer are multiples of this.
     """
 
     key_pages: Tensor
     value_pages: Tensor
     group: int
     window: int | None
+    page_stride: int
 
     @property
     def kind(self) -> str:
@@ -40,6 +47,23 @@ class LayerPool(NamedTuple):
     def page_size(self) -> int:
         """Tokens a page."""
         return self.key_pages.shape[1]
+
+    # Groups of 64 slots of a page, counted without the pages of other layers.
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of 64 slots that pages of the layer have."""
+        return -(-len(self.key_pages) // self.page_stride) * (self.page_size // GROUP_TOKENS)
+
+    def groups_of(self, pages: Tensor, offsets: Tensor) -> Tensor:
+        """Groups of slots, int64, by their page and their offset in it, int64."""
+        per_page = self.page_size // GROUP_TOKENS
+        return pages // self.page_stride * per_page + offsets // GROUP_TOKENS
+
+    def places_of(self, groups: Tensor) -> Tensor:
+        """First slot of each group, divided by 64: int64."""
+        per_page = self.page_size // GROUP_TOKENS
+        return groups // per_page * (self.page_stride * per_page) + groups % per_page
 
 
 def layer_pool(cache: PagedAttentionCache, layer: int) -> LayerPool:
@@ -57,12 +81,13 @@ def layer_pool(cache: PagedAttentionCache, layer: int) -> LayerPool:
         allocator = cache.layer_to_allocator[layer]
         window = getattr(allocator, "sliding_window", None)
         key_pages, value_pages = allocator._kv_page_views[layer]
-        return LayerPool(key_pages, value_pages, allocator.index, window)
+        stride = allocator.block_physical_stride // key_pages.shape[1]
+        return LayerPool(key_pages, value_pages, allocator.index, window, stride)
     group, index = cache.layer_index_to_group_indices[layer]
     window = None if cache.sliding_windows[layer] == 1 else cache.sliding_windows[layer]
     key, value = cache.key_cache[index], cache.value_cache[index]
     shape = (-1, cache.block_size, *key.shape[1:])
-    return LayerPool(key.view(shape), value.view(shape), group, window)
+    return LayerPool(key.view(shape), value.view(shape), group, window, 1)
 
 
 class DecodeRows(NamedTuple):
@@ -81,6 +106,20 @@ class DecodeRows(NamedTuple):
     present: int | None
 
 
+class CodedGroups(NamedTuple):
+    """Of the decode rows, where the codes of their keys are.
+
+    Attributes:
+        ids: int64 ``[rows, groups]``, the group of each 64 tokens; any where there are fewer.
+        table: The same as int32.
+        complete: bool ``[rows, groups]``, whether all 64 tokens are there.
+    """
+
+    ids: Tensor
+    table: Tensor
+    complete: Tensor
+
+
 class PagedStep(PagedAttentionCache):
     """What one forward pass works on.
 
@@ -89,9 +128,11 @@ class PagedStep(PagedAttentionCache):
 
     Args:
         inputs: Keyword arguments that transformers passes to the model.
+        codes: Key codes of the cache.
 
     Attributes:
         cache: The cache of transformers.
+        codes: As above.
         decodes: Whether there are decode rows.
         tokens: int64 ``[rows]``, where the queries of the rows are; None where every token is one.
         prefills: Sequences that do not decode: index, first token and end. Empty where every
@@ -99,14 +140,17 @@ class PagedStep(PagedAttentionCache):
         is_decode: bool ``[rows]``, which rows decode, if only the device knows; None if all do.
     """
 
-    def __init__(self, inputs: dict[str, Any]) -> None:
+    def __init__(self, inputs: dict[str, Any], codes: PagedCodes) -> None:
         self.cache: PagedAttentionCache = inputs["cache"]
+        self.codes = codes
         self.prefills: list[tuple[int, int, int]] = []
         self.tokens: Tensor | None = None
         self.is_decode: Tensor | None = None
         self._inputs = inputs
         self._sequences: Tensor | None = None  # of the rows; None for all
         self._rows: dict[int, DecodeRows] = {}
+        self._groups: dict[int, CodedGroups] = {}
+        self._written: dict[int, Tensor] = {}
         self._read_index, self._write_index = inputs["read_index"], inputs["write_index"]
         self._block_table: Tensor | None = inputs["block_table"]
         self._positions: Tensor = inputs["position_ids"][0]
@@ -151,6 +195,33 @@ class PagedStep(PagedAttentionCache):
         if pool.group not in self._rows:
             self._rows[pool.group] = self._make_rows(pool)
         return self._rows[pool.group]
+
+    def groups(self, pool: LayerPool) -> CodedGroups:
+        """Where codes of the decode rows are, computed once for all layers of a group."""
+        if pool.group not in self._groups:
+            rows = self.rows(pool)
+            # Entries without a visible token may be anything.
+            pages = rows.block_table.long().clamp(0, len(pool.key_pages) - 1)[..., None]
+            offsets = torch.arange(0, pool.page_size, GROUP_TOKENS, device=pages.device)
+            ids = pool.groups_of(pages, offsets).flatten(1)
+            ends = torch.arange(1, ids.shape[1] + 1, device=ids.device) * GROUP_TOKENS
+            self._groups[pool.group] = CodedGroups(
+                ids, ids.to(torch.int32), ends <= rows.seq_lens[:, None]
+            )
+        return self._groups[pool.group]
+
+    def written_groups(self, pool: LayerPool) -> Tensor:
+        """Groups of 64 slots that this pass writes to, int64 ``[tokens]``, some of them twice."""
+        if pool.group not in self._written:
+            if self._block_table is None:
+                slots = self._write_index[pool.group].long()
+            else:
+                slots = self.rows(pool).slots
+            # A token that is not stored has slot -1; voiding the codes of group 0 loses nothing.
+            slots = slots.clamp(min=0)
+            groups = pool.groups_of(slots // pool.page_size, slots % pool.page_size)
+            self._written[pool.group] = groups
+        return self._written[pool.group]
 
     def _make_rows(self, pool: LayerPool) -> DecodeRows:
         bounds = self._key_bounds(pool)

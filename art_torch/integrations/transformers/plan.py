@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
     from art_torch.integrations.transformers.layer import ARTLayer
 
-__all__ = ["least_guided_bytes", "pin_all_where", "plan_dense", "plan_paged"]
+__all__ = [
+    "READ_ALL",
+    "least_guided_bytes",
+    "note_unguided",
+    "pin_all_where",
+    "plan_dense",
+    "plan_paged",
+]
 
-_READ_ALL: dict[str, Any] = {"criterion": None, "walk": "sink_recent"}
+READ_ALL: dict[str, Any] = {"criterion": None, "walk": "sink_recent"}
 
 # What `sink_recent` pins by default: the first and the last of these.
 _ENDS = 64
@@ -58,19 +65,24 @@ def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
     """
     plan = dict(settings.options, criterion=settings.criterion)
     if not layer.table.static_len and settings.is_dense_step(layer.table.padded_len):
-        return plan | _READ_ALL
+        return plan | READ_ALL
     if not settings.guided:
         return plan
     if layer.is_sliding:
         settings.note_once(_WINDOW_NOTE)
-        return plan | _READ_ALL
+        return plan | READ_ALL
     if _kv_bytes(layer) < settings.least_guided_bytes:
-        settings.note_exact(_EXACT_NOTE % (settings.least_guided_bytes / 1e6))
-        return plan | _READ_ALL
+        note_unguided(settings)
+        return plan | READ_ALL
     if not layer.table.static_len and layer.table.longest < _PINNED_TOKENS:
         # Nobody estimates what is left of this walk: ResidualMass has nothing to go by, or to do.
         return plan | _ALL_PINNED | {"criterion": rules_of(settings.criterion).stability}
     return plan | layer.guided_arguments()
+
+
+def note_unguided(settings: LayerSettings) -> None:
+    """Logs and counts a call that reads everything because that is faster."""
+    settings.note_exact(_EXACT_NOTE % (settings.least_guided_bytes / 1e6))
 
 
 def pin_all_where(dense: Tensor, most: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +140,7 @@ def plan_dense(settings: LayerSettings, tokens: int) -> dict[str, Any]:
             "past_key_values=art_torch.ARTCache(model.config), or choose another walk"
         )
     plan = dict(settings.options, criterion=settings.criterion)
-    return plan | _READ_ALL if settings.is_dense_step(tokens) else plan
+    return plan | READ_ALL if settings.is_dense_step(tokens) else plan
 
 
 def _kv_bytes(layer: ARTLayer) -> int:

@@ -12,7 +12,6 @@
 
 namespace art::cuda::guided {
 
-constexpr int kMaxCrew = 8;
 constexpr int kLeastOrderWarps = 2;  // and multiples of these
 constexpr int kMaxOrderWarps = 16;
 constexpr int kMostHeads = 64;  // query heads that are added up together
@@ -41,12 +40,12 @@ struct BlockUnits {
   __device__ int32_t num_free() const { return free_end - free_begin; }
 };
 
-// Query heads that are added up together, and who takes which of their units.
+// Query heads that are added up together. Where there are fewer of them than warps, each warp takes
+// a part of a head's units.
 struct Heads {
   int32_t first;
   int32_t count;
-  int32_t
-      parts_log2;  // of a head's units in each thread block, when there are more warps than heads
+  int32_t parts_log2;
 
   __device__ Heads(const GuidedParams& guided, int32_t first, int32_t parts_log2)
       : first(first),

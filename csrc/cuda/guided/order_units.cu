@@ -26,7 +26,7 @@ constexpr int kCrewSizes = 3;  // above one: 2, 4 and 8 thread blocks
 struct OrderLayout {
   int32_t warps;
   int32_t blocks_log2;
-  int32_t parts_log2;    // of a head's units, in each thread block
+  int32_t parts_log2;    // see Heads
   int32_t shared_units;  // 0: scores and order are in global memory
 
   ART_HD size_t slots_at() const { return sizeof(OrderShared); }

@@ -1,0 +1,125 @@
+"""The implementations that bench_decode.py always has: art_torch, PyTorch, and a plain read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from decode_inputs import Case, Inputs, expected_output, relative_error
+from gpu_points import EVERY_CHANGE, stop_after
+from torch import Tensor
+
+import art_torch
+
+NEVER = art_torch.Stability(0.0, 0.0, patience=2**30)
+FRACTIONS = {"art_half": 0.5, "art_tenth": 0.1}
+FEWEST_TOKENS = 2048  # that an implementation which reads a fraction is measured on
+# Of outputs, relative to their norm. An output of many random tokens is small, so rounding weighs
+# more than it would elsewhere; a wrong head or token gives about 1.
+TOLERANCE = {"f32": 1e-5, "bf16": 1e-2, "f16": 2e-3}
+
+
+@dataclass
+class Implementation:
+    """One way to compute a case.
+
+    Attributes:
+        call: Computes it and returns the output ``[B, Hq, D]``.
+        num_bytes: Bytes of keys and values that one call reads.
+        tolerance: Largest relative error of a right result; None if there is nothing to compare.
+        note: For the result file.
+        own_threads: Whether it computes with threads that are not PyTorch's.
+        expected: What it must return, if not attention over the case's own tokens.
+    """
+
+    call: Callable[[], Any]
+    num_bytes: int
+    tolerance: float | None
+    note: str = ""
+    own_threads: bool = False
+    expected: Tensor | None = None
+
+
+def art(case: Case, inputs: Inputs) -> dict[str, Implementation]:
+    """art_torch. Those that stop are checked to do so where their name says."""
+
+    def call(criterion: art_torch.Stability | None) -> art_torch.DecodeResult:
+        return art_torch.decode_attention(
+            inputs.query,
+            inputs.storage.key_cache,
+            inputs.storage.value_cache,
+            inputs.block_table,
+            inputs.seq_lens,
+            criterion=criterion,
+        )
+
+    def output(criterion: art_torch.Stability | None) -> Tensor:
+        return call(criterion).out
+
+    tolerance, whole = TOLERANCE[case.dtype], case.kv_bytes
+    implementations = {
+        "art_dense": Implementation(partial(output, None), whole, tolerance),
+        "art_never": Implementation(partial(output, NEVER), whole, tolerance),
+    }
+    for name, fraction in FRACTIONS.items():
+        if case.ragged or case.tokens < FEWEST_TOKENS:
+            continue
+        patience, tokens = stop_after(case.tokens, fraction)
+        criterion = art_torch.Stability(EVERY_CHANGE, EVERY_CHANGE, patience)
+        read = call(criterion).tokens_read
+        if not (read == tokens).all():
+            raise RuntimeError(f"{case.name}: expected {tokens} tokens read, got {read.tolist()}")
+        implementations[name] = Implementation(
+            partial(output, criterion),
+            whole * tokens // case.tokens,
+            None,
+            f"stops after exactly {tokens} of {case.tokens} tokens",
+        )
+    return implementations
+
+
+def sdpa_packed(case: Case, inputs: Inputs) -> Implementation:
+    """PyTorch; of ragged sequences one after the other, so that it need not read padding."""
+    query = inputs.query.view(case.batch, case.num_kv_heads, -1, case.head_dim)
+    if not case.ragged:
+        whole = partial(F.scaled_dot_product_attention, query, inputs.keys, inputs.values)
+        return Implementation(whole, case.kv_bytes, TOLERANCE[case.dtype], "contiguous cache")
+    rows = [
+        (query[row, None], inputs.keys[row, None, :, :tokens], inputs.values[row, None, :, :tokens])
+        for row, tokens in enumerate(case.lens)
+    ]
+
+    def in_turn() -> Tensor:
+        return torch.cat([F.scaled_dot_product_attention(*row) for row in rows])
+
+    note = "contiguous cache, one call a sequence"
+    return Implementation(in_turn, case.kv_bytes, TOLERANCE[case.dtype], note)
+
+
+def plain_read(inputs: Inputs) -> Implementation:
+    pages = inputs.all_pages
+    num_bytes = pages.numel() * pages.itemsize
+    return Implementation(lambda: pages.sum(), num_bytes, None, "the same pages in order")
+
+
+def check(case: Case, inputs: Inputs, implementations: dict[str, Implementation]) -> None:
+    """Compares every output with float64.
+
+    Raises:
+        RuntimeError: One is wrong.
+    """
+    expected = expected_output(inputs.query, inputs.keys, inputs.values, case.lens)
+    for name, implementation in implementations.items():
+        if implementation.tolerance is None:
+            continue
+        right = expected if implementation.expected is None else implementation.expected
+        error = relative_error(implementation.call().view(right.shape), right)
+        if not error <= implementation.tolerance:
+            raise RuntimeError(
+                f"{case.name}: {name} must be within {implementation.tolerance:g} of attention in "
+                f"float64, its error is {error:.2g}"
+            )
