@@ -9,6 +9,7 @@ constexpr int kLanes = 4;
 // clang-format off: each of them needs those before it.
 #include "cpu/simd-inl.h"
 #include "cpu/neon-inl.h"
+#include "cpu/tile_scales-inl.h"
 #include "cpu/decode_attention-inl.h"
 #include "cpu/neon_dot-inl.h"
 #include "cpu/code_query-inl.h"

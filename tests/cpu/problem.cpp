@@ -229,7 +229,7 @@ int64_t element(const DecodeParams& params, const art::PagedCache& cache, int64_
 void build(const Case& what, DType dtype, uint32_t seed, Problem& problem) {
   Random random(seed);
   DecodeParams& params = problem.params;
-  params.dtype = dtype;
+  params.dtype = params.query_dtype = dtype;
   params.batch = static_cast<int32_t>(what.lens.size());
   params.num_kv_heads = what.num_kv_heads;
   params.group_size = what.group_size;
