@@ -151,24 +151,45 @@ void set_logits(const Case& what, Random& random, Problem& problem) {
   params.patience = what.patience;
 }
 
+int64_t scale_row(const DecodeParams& params, int64_t batch, int64_t head, int64_t token) {
+  const int64_t page =
+      params.block_table[batch * params.block_table_batch_stride +
+                         head * params.block_table_head_stride + token / params.page_size];
+  return (page * params.page_size + token % params.page_size) * params.num_kv_heads + head;
+}
+
+void allocate_scales(const DecodeParams& params, art::PagedScales& scales,
+                     std::vector<float>& memory) {
+  memory.assign(params.num_pages * params.page_size * params.num_kv_heads, NAN);
+  scales = {memory.data(), int64_t{params.page_size} * params.num_kv_heads, params.num_kv_heads, 1};
+}
+
 // Queries, and the keys and values of visible tokens.
 void fill(const Case& what, Random& random, Problem& problem) {
   const DecodeParams& params = problem.params;
   const int64_t elements = int64_t{params.batch} * params.num_q_heads * params.head_dim;
-  problem.query.resize(elements * size_of(params.dtype));
+  problem.query.resize(elements * size_of(params.query_dtype));
   for (int64_t i = 0; i < elements; ++i) {
-    write(params.dtype, problem.query.data(), i, kQueryScale * random.normal());
+    write(params.query_dtype, problem.query.data(), i, kQueryScale * random.normal());
   }
   for (int32_t b = 0; b < params.batch; ++b) {
     for (int32_t token = first_token(what, problem, b); token < what.lens[b]; ++token) {
       for (int32_t h = 0; h < params.num_kv_heads; ++h) {
+        double key_scale = 1.0, value_scale = 1.0;
+        if (params.key_scale.data != nullptr) {
+          const int64_t row = scale_row(params, b, h, token);
+          problem.key_scales[row] = 0.02f + 0.001f * static_cast<float>(random.below(10));
+          problem.value_scales[row] = 0.03f + 0.001f * static_cast<float>(random.below(10));
+          key_scale = problem.key_scales[row];
+          value_scale = problem.value_scales[row];
+        }
         for (int32_t d = 0; d < params.head_dim; ++d) {
           write(params.dtype, problem.keys.data(), element(params, params.key, b, h, token, d),
-                random.normal());
+                random.normal() / key_scale);
         }
         for (int32_t d = 0; d < params.value_dim; ++d) {
           write(params.dtype, problem.values.data(), element(params, params.value, b, h, token, d),
-                kValueMean + random.normal());
+                (kValueMean + random.normal()) / value_scale);
         }
       }
     }
@@ -183,10 +204,14 @@ double Random::normal() {
   return (sum - 2.0) * 1.7320508;
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+int64_t size_of(DType dtype) {
+  if (dtype == DType::kInt8) return 1;
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 double read(DType dtype, const void* elements, int64_t index) {
   const char* from = static_cast<const char*>(elements) + index * size_of(dtype);
+  if (dtype == DType::kInt8) return static_cast<int8_t>(*from);
   if (dtype == DType::kFloat32) {
     float x;
     std::memcpy(&x, from, sizeof(x));
@@ -200,6 +225,10 @@ double read(DType dtype, const void* elements, int64_t index) {
 
 void write(DType dtype, void* elements, int64_t index, double x) {
   char* to = static_cast<char*>(elements) + index * size_of(dtype);
+  if (dtype == DType::kInt8) {  // what must not be read has no NaN here, but its scales do
+    *to = std::isnan(x) ? -128 : static_cast<char>(std::clamp(std::rint(x), -127.0, 127.0));
+    return;
+  }
   const float rounded = static_cast<float>(x);
   if (dtype == DType::kFloat32) {
     std::memcpy(to, &rounded, sizeof(rounded));
@@ -226,10 +255,26 @@ int64_t element(const DecodeParams& params, const art::PagedCache& cache, int64_
          head * cache.head_stride + dim * cache.dim_stride;
 }
 
+double key_at(const DecodeParams& params, int64_t batch, int64_t head, int64_t token, int64_t dim) {
+  const double x =
+      read(params.dtype, params.key.data, element(params, params.key, batch, head, token, dim));
+  const float* scales = params.key_scale.data;
+  return scales == nullptr ? x : x * scales[scale_row(params, batch, head, token)];
+}
+
+double value_at(const DecodeParams& params, int64_t batch, int64_t head, int64_t token,
+                int64_t dim) {
+  const double x =
+      read(params.dtype, params.value.data, element(params, params.value, batch, head, token, dim));
+  const float* scales = params.value_scale.data;
+  return scales == nullptr ? x : x * scales[scale_row(params, batch, head, token)];
+}
+
 void build(const Case& what, DType dtype, uint32_t seed, Problem& problem) {
   Random random(seed);
   DecodeParams& params = problem.params;
-  params.dtype = params.query_dtype = dtype;
+  params.dtype = dtype;
+  params.query_dtype = dtype == DType::kInt8 ? DType::kFloat32 : dtype;
   params.batch = static_cast<int32_t>(what.lens.size());
   params.num_kv_heads = what.num_kv_heads;
   params.group_size = what.group_size;
@@ -240,6 +285,10 @@ void build(const Case& what, DType dtype, uint32_t seed, Problem& problem) {
   set_tables(what, random, problem);
   allocate(what, dtype, params.num_pages, /*values=*/false, params.key, problem.keys);
   allocate(what, dtype, params.num_pages, /*values=*/true, params.value, problem.values);
+  if (dtype == DType::kInt8) {
+    allocate_scales(params, params.key_scale, problem.key_scales);
+    allocate_scales(params, params.value_scale, problem.value_scales);
+  }
   set_walk(what, random, problem);
   set_logits(what, random, problem);
   fill(what, random, problem);

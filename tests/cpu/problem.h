@@ -57,6 +57,7 @@ struct Problem {
   std::vector<uint8_t> query, keys, values;
   std::vector<int32_t> block_table, lens, starts, walk, walk_lens;
   std::vector<float> sinks, slopes, thresholds;
+  std::vector<float> key_scales, value_scales;  // of the rows of an int8 cache
 
   Problem() = default;
   Problem(const Problem&) = delete;
@@ -78,6 +79,12 @@ int64_t size_of(DType dtype);
 double read(DType dtype, const void* elements, int64_t index);
 void write(DType dtype, void* elements, int64_t index, double x);
 
+// One element of a cache, times the scale of its row if there are scales.
+double key_at(const DecodeParams& params, int64_t batch, int64_t head, int64_t token, int64_t dim);
+double value_at(const DecodeParams& params, int64_t batch, int64_t head, int64_t token,
+                int64_t dim);
+
+// An int8 cache has float32 queries.
 void build(const Case& what, DType dtype, uint32_t seed, Problem& problem);
 
 // Position of one element of a cache.
