@@ -10,6 +10,7 @@ Implementations, which take turns with the last-level cache flushed before each 
     art_never    the same with Stability on, and a patience that is never completed
     art_half     Stability with a patience that random tokens complete after half of them
     art_tenth    the same after a tenth
+    art_int8     art_dense over a cache of int8, beside float32; art_int8_never, art_int8_half
     sdpa_packed  scaled_dot_product_attention on a static contiguous cache, the query heads of a
                  group packed as queries of one head, [B, Hkv, G, D]: its fastest form on a CPU
     read         a plain read of the same bytes
@@ -50,7 +51,7 @@ from common import (
     write_results,
 )
 from cpu_peers import Peer, find_peers, versions_of
-from decode_implementations import Implementation, art, check, plain_read, sdpa_packed
+from decode_implementations import Implementation, art, art_int8, check, plain_read, sdpa_packed
 from decode_inputs import DTYPES, Case, make_inputs
 from decode_report import QUIET_CORES, show
 from rich.console import Console
@@ -91,7 +92,8 @@ def make_cases(quick: bool, threads: list[int]) -> list[Case]:
 def make_implementations(case: Case, peers: dict[str, Peer]) -> dict[str, Implementation]:
     """Those that a case has, each checked to be right."""
     inputs = make_inputs(case)
-    implementations = {**art(case, inputs), "sdpa_packed": sdpa_packed(case, inputs)}
+    implementations = {**art(case, inputs), **art_int8(case, inputs)}
+    implementations["sdpa_packed"] = sdpa_packed(case, inputs)
     if case.page_size == PAGE_SIZE:
         for peer in peers.values():
             implementations.update(peer(case, inputs))

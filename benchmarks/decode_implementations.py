@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from gpu_points import EVERY_CHANGE, stop_after
 from torch import Tensor
 
 import art_torch
+from art_torch import reference
+from art_torch.int8_storage import Int8PageStorage
 
 NEVER = art_torch.Stability(0.0, 0.0, patience=2**30)
 FRACTIONS = {"art_half": 0.5, "art_tenth": 0.1}
@@ -55,6 +57,7 @@ def art(case: Case, inputs: Inputs) -> dict[str, Implementation]:
             inputs.block_table,
             inputs.seq_lens,
             criterion=criterion,
+            **inputs.storage.scales,
         )
 
     def output(criterion: art_torch.Stability | None) -> Tensor:
@@ -80,6 +83,35 @@ def art(case: Case, inputs: Inputs) -> dict[str, Implementation]:
             f"stops after exactly {tokens} of {case.tokens} tokens",
         )
     return implementations
+
+
+def art_int8(case: Case, inputs: Inputs) -> dict[str, Implementation]:
+    """art_torch with the same pages in a cache of int8, beside float32."""
+    if case.dtype != "f32":
+        return {}
+    own, page = inputs.storage, case.page_size
+    sizes = own.num_kv_heads, own.head_dim, own.value_dim, page
+    storage = Int8PageStorage(*sizes, own.dtype, own.device, own.used_pages)
+    storage.ensure(own.used_pages)
+    for index in range(1, own.used_pages):
+        slots = index * page + torch.arange(page)
+        caches = storage.key_cache, storage.value_cache
+        rows = own.key_cache[index], own.value_cache[index]
+        art_torch.append_kv(*rows, *caches, slots, **storage.scales)
+    keys, values = (
+        reference.dequantize(*reference.quantize(rows), torch.float32)
+        for rows in (inputs.keys, inputs.values)
+    )
+    expected = expected_output(inputs.query, keys, values, case.lens)
+    num_bytes = case.kv_bytes // (4 * case.head_dim) * (case.head_dim + 4)
+    implementations = art(case, replace(inputs, storage=storage))
+    return {
+        f"art_int8{name.removeprefix('art').removesuffix('_dense')}": replace(
+            each, num_bytes=each.num_bytes * num_bytes // case.kv_bytes, expected=expected
+        )
+        for name, each in implementations.items()
+        if name != "art_tenth"
+    }
 
 
 def sdpa_packed(case: Case, inputs: Inputs) -> Implementation:

@@ -43,5 +43,7 @@ template <>
 struct Dot<Float16> : WideDot<Float16> {};
 template <>
 struct Dot<BFloat16> : WideDot<BFloat16> {};
+template <>
+struct Dot<int8_t> : WideDot<int8_t> {};
 
 }  // namespace

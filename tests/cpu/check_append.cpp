@@ -39,6 +39,7 @@ void set_source(const Problem& problem, int32_t num_tokens, Random& random, Appe
 }  // namespace
 
 void check_append(const std::string& name, const Case& what, DType dtype, Totals& totals) {
+  if (dtype == DType::kInt8) return;  // what is written there depends on what it was: no copy
   Problem problem;
   Append append;
   Random random(7);

@@ -22,7 +22,7 @@ struct Result {
 Result attend(DecodeParams params, int64_t num_threads, int64_t num_splits, Totals& totals) {
   const size_t heads = size_t(params.batch) * params.num_q_heads;
   const size_t items = size_t(params.batch) * params.num_kv_heads;
-  Result result = {std::vector<uint8_t>(heads * params.value_dim * size_of(params.dtype)),
+  Result result = {std::vector<uint8_t>(heads * params.value_dim * size_of(params.query_dtype)),
                    std::vector<float>(heads), std::vector<int32_t>(items),
                    std::vector<int32_t>(items)};
   params.out = result.out.data();
@@ -70,7 +70,7 @@ void compare(const std::string& name, const DecodeParams& params, const Exact& e
                 exact.stop_block[item], exact.tokens_read[item], result.stop_block[item],
                 result.tokens_read[item]);
   }
-  const Precision precision = precision_of(params.dtype);
+  const Precision precision = precision_of(params.query_dtype);
   for (size_t row = 0; row < exact.lse.size(); ++row) {
     const size_t item = row / params.group_size;
     const int32_t tokens = exact.tokens_read[item];
@@ -80,7 +80,7 @@ void compare(const std::string& name, const DecodeParams& params, const Exact& e
         precision.weight + 0x1p-24 * (8.0 + std::sqrt(tokens) + exact.magnitude[row]);
     for (int32_t d = 0; d < params.value_dim; ++d) {
       const size_t at = row * params.value_dim + d;
-      const double got = read(params.dtype, result.out.data(), at);
+      const double got = read(params.query_dtype, result.out.data(), at);
       const double error = std::abs(got - exact.out[at]);
       const double rounding = precision.result * std::abs(exact.out[at]);
       const double allowed = rounding + of_sums * exact.largest_value[row];

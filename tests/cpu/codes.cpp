@@ -26,12 +26,12 @@ void encode_channel(const art::DecodeParams& cache, int32_t batch, int32_t head,
   const art::CodeLayout layout(cache.head_dim);
   float keys[art::kGroupTokens], min = 0.0f, max = 0.0f;
   for (int32_t t = 0; t < art::kGroupTokens; ++t) {
-    const int64_t at =
-        channel < cache.head_dim
-            ? element(cache, cache.key, batch, head, group * art::kGroupTokens + t, channel)
-            : -1;  // channels that fill up the last step are zero
-    keys[t] =
-        at < 0 ? 0.0f : art::encodable(static_cast<float>(read(cache.dtype, cache.key.data, at)));
+    keys[t] = 0.0f;  // channels that fill up the last step
+    if (channel < cache.head_dim) {
+      const double key = read(cache, cache.key, cache.key_scale, batch, head,
+                              group * art::kGroupTokens + t, channel);
+      keys[t] = art::encodable(static_cast<float>(key));
+    }
     min = t == 0 ? keys[t] : std::fmin(min, keys[t]);
     max = t == 0 ? keys[t] : std::fmax(max, keys[t]);
   }
@@ -62,7 +62,7 @@ double coded_logit(const art::GuidedParams& params, int32_t batch, int32_t head,
         art::float_of(read_half(record + layout.zeros_at() + 2 * layout.position(d)));
     const double scale =
         art::float_of(read_half(record + layout.scales_at() + 2 * layout.position(d)));
-    const double q = read(cache.dtype, cache.query,
+    const double q = read(cache.query_dtype, cache.query,
                           batch * cache.query_batch_stride + head * cache.query_head_stride + d);
     sum += q * (zero + scale * code);
   }

@@ -33,8 +33,8 @@ Memory allocate(size_t bytes) {
 
 namespace {
 
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16"};
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt8};
+constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "int8"};
 
 int print_targets() {
   for (const auto& [name, supported] : art::cpu::target_support()) {
@@ -47,8 +47,8 @@ int check_all(bool reduced) {
   Totals totals;
   const std::vector<Case> cases = all_cases();
   for (size_t i = 0; i < cases.size(); ++i) {
-    for (size_t dtype = 0; dtype < 3; ++dtype) {
-      if (reduced && dtype != i % 3) continue;
+    for (size_t dtype = 0; dtype < 4; ++dtype) {
+      if (reduced && dtype != i % 4) continue;
       const std::string name = cases[i].name + ", " + kDTypeNames[dtype];
       const auto check = cases[i].guided ? check_guided : check_attention;
       check(name, cases[i], kDTypes[dtype], totals);

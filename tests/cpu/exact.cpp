@@ -147,8 +147,7 @@ void read_token(const DecodeParams& params, int32_t batch, int32_t kv_head, int3
   std::vector<double> value(params.value_dim);
   double largest = 0.0;
   for (int32_t d = 0; d < params.value_dim; ++d) {
-    value[d] = read(params.dtype, params.value.data,
-                    element(params, params.value, batch, kv_head, token, d));
+    value[d] = read(params, params.value, params.value_scale, batch, kv_head, token, d);
     largest = std::max(largest, std::abs(value[d]));
   }
   for (int32_t g = 0; g < params.group_size; ++g) {
@@ -208,10 +207,9 @@ Logit plain_logit(const DecodeParams& params, int32_t batch, int32_t head, int32
   const int32_t kv_head = head / params.group_size;
   Logit logit = {};
   for (int32_t d = 0; d < params.head_dim; ++d) {
-    const double q = read(params.dtype, params.query,
+    const double q = read(params.query_dtype, params.query,
                           batch * params.query_batch_stride + head * params.query_head_stride + d);
-    const double k =
-        read(params.dtype, params.key.data, element(params, params.key, batch, kv_head, token, d));
+    const double k = read(params, params.key, params.key_scale, batch, kv_head, token, d);
     logit.value += q * k * params.scale;
     logit.magnitude += std::abs(q * k) * params.scale;
   }

@@ -15,6 +15,17 @@ constexpr int32_t kNoPage = std::numeric_limits<int32_t>::max();
 constexpr double kQueryScale = 2.0;
 constexpr double kValueMean = 1.0;  // a part that all values share lets outputs settle
 
+int64_t page_of(const DecodeParams& params, int64_t batch, int64_t head, int64_t token) {
+  return params.block_table[batch * params.block_table_batch_stride +
+                            head * params.block_table_head_stride + token / params.page_size];
+}
+
+int64_t scale_index(const DecodeParams& params, const art::PagedScales& scales, int64_t batch,
+                    int64_t head, int64_t token) {
+  return page_of(params, batch, head, token) * scales.page_stride +
+         token % params.page_size * scales.token_stride + head * scales.head_stride;
+}
+
 void set_strides(const Case& what, bool values, art::PagedCache& cache) {
   const int64_t dim = values ? what.value_dim : what.head_dim;
   const int64_t heads = what.num_kv_heads, tokens = what.page_size;
@@ -58,6 +69,19 @@ void allocate(const Case& what, DType dtype, int64_t num_pages, bool values, art
   memory.resize((last + 1) * size_of(dtype));
   for (int64_t i = 0; i <= last; ++i) write(dtype, memory.data(), i, NAN);
   cache.data = memory.data();
+}
+
+// A scale for each row of an int8 cache, all of them NaN.
+void allocate(const Case& what, int64_t num_pages, art::PagedScales& scales,
+              std::vector<float>& memory) {
+  const bool one_head = what.layout == Layout::kPageTables;
+  const int64_t heads = one_head ? 1 : what.num_kv_heads, tokens = what.page_size;
+  const bool heads_first = one_head || what.layout == Layout::kHeadsFirst;
+  scales.page_stride = heads * tokens;
+  scales.token_stride = heads_first ? 1 : heads;
+  scales.head_stride = one_head ? 0 : (heads_first ? tokens : 1);
+  memory.assign(num_pages * scales.page_stride, NAN);
+  scales.data = memory.data();
 }
 
 // The first token that may be read. Codes are of whole groups, also where a part of one is visible.
@@ -151,25 +175,37 @@ void set_logits(const Case& what, Random& random, Problem& problem) {
   params.patience = what.patience;
 }
 
+// One row of a cache, of an int8 one with a random scale.
+void fill_row(const DecodeParams& params, const art::PagedCache& cache, int64_t first, int32_t dim,
+              double mean, float* scale, Random& random, std::vector<uint8_t>& memory) {
+  if (scale != nullptr) *scale = 0x1p-6f * static_cast<float>(2 + random.below(4));
+  for (int32_t d = 0; d < dim; ++d) {
+    const double x = mean + random.normal();
+    write(params.dtype, memory.data(), first + d * cache.dim_stride,
+          scale == nullptr ? x : x / *scale);
+  }
+}
+
 // Queries, and the keys and values of visible tokens.
 void fill(const Case& what, Random& random, Problem& problem) {
   const DecodeParams& params = problem.params;
   const int64_t elements = int64_t{params.batch} * params.num_q_heads * params.head_dim;
-  problem.query.resize(elements * size_of(params.dtype));
+  problem.query.resize(elements * size_of(params.query_dtype));
   for (int64_t i = 0; i < elements; ++i) {
-    write(params.dtype, problem.query.data(), i, kQueryScale * random.normal());
+    write(params.query_dtype, problem.query.data(), i, kQueryScale * random.normal());
   }
   for (int32_t b = 0; b < params.batch; ++b) {
     for (int32_t token = first_token(what, problem, b); token < what.lens[b]; ++token) {
       for (int32_t h = 0; h < params.num_kv_heads; ++h) {
-        for (int32_t d = 0; d < params.head_dim; ++d) {
-          write(params.dtype, problem.keys.data(), element(params, params.key, b, h, token, d),
-                random.normal());
-        }
-        for (int32_t d = 0; d < params.value_dim; ++d) {
-          write(params.dtype, problem.values.data(), element(params, params.value, b, h, token, d),
-                kValueMean + random.normal());
-        }
+        const auto scale = [&](const art::PagedScales& scales, std::vector<float>& memory) {
+          const int64_t at = scale_index(params, scales, b, h, token);
+          return scales.data == nullptr ? nullptr : memory.data() + at;
+        };
+        fill_row(params, params.key, element(params, params.key, b, h, token, 0), params.head_dim,
+                 0.0, scale(params.key_scale, problem.key_scales), random, problem.keys);
+        fill_row(params, params.value, element(params, params.value, b, h, token, 0),
+                 params.value_dim, kValueMean, scale(params.value_scale, problem.value_scales),
+                 random, problem.values);
       }
     }
   }
@@ -183,7 +219,9 @@ double Random::normal() {
   return (sum - 2.0) * 1.7320508;
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : (dtype == DType::kInt8 ? 1 : 2);
+}
 
 double read(DType dtype, const void* elements, int64_t index) {
   const char* from = static_cast<const char*>(elements) + index * size_of(dtype);
@@ -192,6 +230,7 @@ double read(DType dtype, const void* elements, int64_t index) {
     std::memcpy(&x, from, sizeof(x));
     return x;
   }
+  if (dtype == DType::kInt8) return static_cast<int8_t>(*from);
   uint16_t bits;
   std::memcpy(&bits, from, sizeof(bits));
   if (dtype == DType::kBFloat16) return art::float_of_bits(uint32_t{bits} << 16);
@@ -203,6 +242,11 @@ void write(DType dtype, void* elements, int64_t index, double x) {
   const float rounded = static_cast<float>(x);
   if (dtype == DType::kFloat32) {
     std::memcpy(to, &rounded, sizeof(rounded));
+    return;
+  }
+  if (dtype == DType::kInt8) {  // what must not be read has a scale that is NaN
+    const double code = std::isnan(x) ? -128.0 : std::clamp(std::nearbyint(x), -127.0, 127.0);
+    *to = static_cast<char>(static_cast<int8_t>(code));
     return;
   }
   uint16_t bits;
@@ -219,17 +263,24 @@ void write(DType dtype, void* elements, int64_t index, double x) {
 
 int64_t element(const DecodeParams& params, const art::PagedCache& cache, int64_t batch,
                 int64_t head, int64_t token, int64_t dim) {
-  const int64_t page =
-      params.block_table[batch * params.block_table_batch_stride +
-                         head * params.block_table_head_stride + token / params.page_size];
+  const int64_t page = page_of(params, batch, head, token);
   return page * cache.page_stride + token % params.page_size * cache.token_stride +
          head * cache.head_stride + dim * cache.dim_stride;
+}
+
+double read(const DecodeParams& params, const art::PagedCache& cache,
+            const art::PagedScales& scales, int64_t batch, int64_t head, int64_t token,
+            int64_t dim) {
+  const double x = read(params.dtype, cache.data, element(params, cache, batch, head, token, dim));
+  if (scales.data == nullptr) return x;
+  return x * scales.data[scale_index(params, scales, batch, head, token)];
 }
 
 void build(const Case& what, DType dtype, uint32_t seed, Problem& problem) {
   Random random(seed);
   DecodeParams& params = problem.params;
   params.dtype = dtype;
+  params.query_dtype = dtype == DType::kInt8 ? DType::kFloat32 : dtype;
   params.batch = static_cast<int32_t>(what.lens.size());
   params.num_kv_heads = what.num_kv_heads;
   params.group_size = what.group_size;
@@ -240,6 +291,10 @@ void build(const Case& what, DType dtype, uint32_t seed, Problem& problem) {
   set_tables(what, random, problem);
   allocate(what, dtype, params.num_pages, /*values=*/false, params.key, problem.keys);
   allocate(what, dtype, params.num_pages, /*values=*/true, params.value, problem.values);
+  if (dtype == DType::kInt8) {
+    allocate(what, params.num_pages, params.key_scale, problem.key_scales);
+    allocate(what, params.num_pages, params.value_scale, problem.value_scales);
+  }
   set_walk(what, random, problem);
   set_logits(what, random, problem);
   fill(what, random, problem);

@@ -57,6 +57,7 @@ struct Problem {
   std::vector<uint8_t> query, keys, values;
   std::vector<int32_t> block_table, lens, starts, walk, walk_lens;
   std::vector<float> sinks, slopes, thresholds;
+  std::vector<float> key_scales, value_scales;  // of int8 caches
 
   Problem() = default;
   Problem(const Problem&) = delete;
@@ -78,6 +79,12 @@ int64_t size_of(DType dtype);
 double read(DType dtype, const void* elements, int64_t index);
 void write(DType dtype, void* elements, int64_t index, double x);
 
+// One element of a cache: of an int8 cache its code times the scale of its row.
+double read(const DecodeParams& params, const art::PagedCache& cache,
+            const art::PagedScales& scales, int64_t batch, int64_t head, int64_t token,
+            int64_t dim);
+
+// Of int8 keys and values, with queries in float32; of any other type, all in this one.
 void build(const Case& what, DType dtype, uint32_t seed, Problem& problem);
 
 // Position of one element of a cache.
