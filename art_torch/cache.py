@@ -9,6 +9,7 @@ about models; ``art_torch.integrations`` does.
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -374,9 +375,12 @@ class PageTable:
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
         clone = copy.copy(self)
         memo[id(self)] = clone
-        for name in ("pages", "codes", "_lens", "_kept_from", "_real", "padded_tensor"):
+        copied = ("pages", "codes", "_lens", "_kept_from", "_real", "padded_tensor", "static_slots")
+        for name in copied:
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.block_table, clone.seq_lens = self.block_table.clone(), self.seq_lens.clone()
+        if clone.padded_tensor is not None:
+            clone.padded_tensor._art_table = weakref.ref(clone)  # type: ignore[attr-defined]
         clone._changed()
         clone._publish()
         return clone
@@ -422,17 +426,77 @@ class PageTable:
         self._changed()
         self._publish()
         self.padded_tensor = torch.tensor(self.padded_len, dtype=torch.int64, device=self.device)
-        self.static_len = length
+        self.padded_tensor._art_table = weakref.ref(self)  # type: ignore[attr-defined]
+        self.static_slots = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        if self.codes is not None:
+            self.codes.coded_lens = self.seq_lens.clone()
+        self.static_len, self._mask_checked = length, False
+        self._mark_static()
+
+    def _mark_static(self) -> None:
+        """Tells compilers which tensors keep their place, for graphs that write to them."""
+        if self.device.type == "cpu":
+            return
+        tensors = [self.block_table, self.seq_lens, self.padded_tensor, self.static_slots]
+        for storage in self.pages.storages:
+            tensors += [storage.key_cache, storage.value_cache, *storage.scales.values()]
+        if self.codes is not None:
+            tensors += [self.codes.code_table, self.codes.coded_lens]
+            tensors += [storage.key_codes for storage in self.codes.groups.storages]
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def check_mask(self, mask: Tensor) -> None:
+        """Checks the mask of a step while lengths are tensors.
+
+        On a GPU that waits for it, so there only the first mask is looked at: ``generate`` appends
+        to it. Its length is checked always.
+
+        Args:
+            mask: bool ``[batch, tokens]``, False for a pad, the new token included.
+
+        Raises:
+            ValueError: It hides other tokens than the pads, which were not stored, or shows more
+                than there is room for.
+        """
+        tokens, real = mask.shape[1], self._real
+        known = 0 if real is None else real.shape[1]
+        pads = 0 if real is None else int((~real).sum(1).min())
+        if tokens - pads > self.static_len:
+            raise ValueError(
+                f"this ARTCache has room for {self.static_len} tokens a row, and a row would have "
+                f"{tokens - pads}: pass a larger max_length"
+            )
+        if self._mask_checked and mask.device.type != "cpu":
+            return
+        self._mask_checked = True
+        seen = mask.cpu().numpy()
+        agrees = real is None or np.array_equal(seen[:, :known], real)
+        if not agrees or not seen[:, known:].all():
+            raise ValueError(
+                "a step on a preallocated ARTCache sees all tokens that are stored, and this "
+                "attention mask hides some of them: crop() or reset() the cache instead"
+            )
 
     def advance(self) -> None:
         """Counts one token per row, with tensor arithmetic only; sets ``static_slots``."""
         assert self.padded_tensor is not None
+        assert self.static_slots is not None
         position = self.seq_lens.to(torch.int64)
+        # Entries behind those pages may be any.
+        torch._assert_async(
+            (position < self.static_len).all(),
+            f"a row of this ARTCache has no room left: it was preallocated for {self.static_len}",
+        )
         entry = torch.div(position, self.page_size, rounding_mode="floor")
         page = self.block_table.gather(1, entry[:, None])[:, 0].to(torch.int64)
-        self.static_slots = page * self.page_size + position % self.page_size
-        if self.codes is not None:
-            self.codes.coded_lens = self.seq_lens.clone()
+        # In place: a recorded graph writes to the tensors that it was recorded with.
+        self.static_slots.copy_(page * self.page_size + position % self.page_size)
+        if (codes := self.codes) is not None:
+            if codes.coded_lens is None:
+                codes.coded_lens = self.seq_lens.clone()
+            else:
+                codes.coded_lens.copy_(self.seq_lens)
         self.seq_lens.add_(1)
         self.padded_tensor.add_(1)
 

@@ -125,6 +125,9 @@ class ReadStats:
                 counts.device_read = torch.zeros(num_kv_heads, dtype=torch.int64, device=device)
                 counts.device_present = torch.zeros((), dtype=torch.int64, device=device)
                 counts.device_steps = torch.zeros((), dtype=torch.int64, device=device)
+            if device.type != "cpu":  # a compiled step that is recorded keeps adding to them
+                for counter in (counts.device_read, counts.device_present, counts.device_steps):
+                    torch._dynamo.mark_static_address(counter, guard=False)
 
     def add_on_device(
         self, layer: int, tokens_read: Tensor, seq_lens: Tensor, window: int | None

@@ -27,7 +27,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import ROOT, describe_machine, load_smollm2, progress_bar, slug, write_results
+from common import (
+    ROOT,
+    describe_machine,
+    load_smollm2,
+    progress_bar,
+    recorded,
+    slug,
+    write_results,
+)
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -87,15 +95,7 @@ class Lane:
         """A step as one CUDA graph: what is fair to compare GraphedDecoder with."""
         token = prompts[:, -1:].clone()
         position = torch.full_like(token, prompts.shape[1])
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.forward(token, cache, position_ids=position)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.forward(token, cache, position_ids=position)
+        graph = recorded(lambda: self.forward(token, cache, position_ids=position))
 
         def step(tokens: Tensor) -> None:
             token.copy_(tokens[:, None])

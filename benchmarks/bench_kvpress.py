@@ -52,6 +52,7 @@ def generate(press: str, cache_name: str, prompt_tokens: int, new_tokens: int) -
 
     import art_torch
     from art_torch.integrations.kvpress import compatible
+    from art_torch.integrations.transformers import cache_argument
 
     model, tokenizer = load_smollm2()
     ids = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[:, :prompt_tokens]
@@ -68,13 +69,14 @@ def generate(press: str, cache_name: str, prompt_tokens: int, new_tokens: int) -
         stack.enter_context(torch.inference_mode())
         model(ids[:, :256], logits_to_keep=1)  # the weights are mapped: touch all of them once
         before = settled()
-        token = model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        inputs = {cache_argument(model): cache, "logits_to_keep": 1}
+        token = model(ids, **inputs).logits.argmax(-1)
         after = settled()
         kv_bytes = cache.bytes_in_use if cache_name == "art" else kv_bytes_of(cache)
         reset_peak()
         for position in range(prompt_tokens, prompt_tokens + new_tokens):
-            place = {"position_ids": torch.tensor([[position]]), "past_key_values": cache}
-            token = model(token, **place, logits_to_keep=1).logits.argmax(-1)
+            place = torch.tensor([[position]])
+            token = model(token, position_ids=place, **inputs).logits.argmax(-1)
         peak = resident("VmHWM")
     return {
         "kv_bytes": kv_bytes,

@@ -46,6 +46,7 @@ def generate(cache_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, 
     from transformers import DynamicCache
 
     import art_torch
+    from art_torch.integrations.transformers import cache_argument
 
     model, _ = load_smollm2()
     cache: Any
@@ -54,6 +55,7 @@ def generate(cache_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, 
         cache = art_torch.ARTCache(model.config)
     else:
         cache = DynamicCache(config=model.config)
+    inputs = {cache_argument(model): cache, "logits_to_keep": 1}
     # Memory does not depend on what the tokens say.
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1000, model.config.vocab_size, (1, prompt_tokens), generator=generator)
@@ -62,13 +64,13 @@ def generate(cache_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, 
     before = resident("VmRSS")
     seconds = []
     with torch.inference_mode():
-        logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(tokens, **inputs).logits
         after_prefill = resident("VmRSS")
         reset_peak()
         for _ in range(new_tokens):
             start = time.perf_counter()
             token = logits[:, -1].argmax(-1, keepdim=True)
-            logits = model(token, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(token, **inputs).logits
             seconds.append(time.perf_counter() - start)
     peak_decode = resident("VmHWM")
     # clear_refs resets what /proc reports, not what getrusage does.

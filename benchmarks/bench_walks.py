@@ -34,6 +34,7 @@ from torch import Tensor
 
 import art_torch
 from art_torch import ARTCache, Stability
+from art_torch.integrations.transformers import cache_argument
 
 TEXT = Path(__file__).resolve().parent / "data" / "jargon_file.txt"
 WALKS = ("oldest_first", "recent_first", "sink_recent")
@@ -108,7 +109,7 @@ class Model:
 
     def forward(self, tokens: Tensor, cache: ARTCache) -> Tensor:
         """Logits ``[vocabulary]`` after the last of ``tokens`` (int64 ``[n]``)."""
-        output = self.model(tokens[None], past_key_values=cache, logits_to_keep=1)
+        output = self.model(tokens[None], logits_to_keep=1, **{cache_argument(self.model): cache})
         return output.logits[0, -1]
 
     def prefilled(self, tokens: Tensor) -> ARTCache:

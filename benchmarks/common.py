@@ -32,6 +32,20 @@ FLUSH_BYTES = 128 << 20
 FALL_ASLEEP_SECONDS = 0.02
 
 
+def recorded(step: Callable[[], Any], warm_up: int = 3, **options: Any) -> torch.cuda.CUDAGraph:
+    """A step as a CUDA graph, after some that are run; options are of ``torch.cuda.graph``."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm_up):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, **options):
+        step()
+    return graph
+
+
 def device_name() -> str:
     """The CPU as ``lscpu`` names it, with family and model where the name alone is ambiguous."""
     try:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import art_torch
 from art_torch import ARTCache, reference
+from art_torch.integrations.transformers import cache_argument
 from art_torch.stats import ReadStats
 
 RULE = art_torch.Stability(d_scale=0.02, d_direction=1e-3, patience=3)  # reads a half or more
@@ -49,7 +50,7 @@ def generate(model: LlamaForCausalLM, ids: Tensor, steps: int, cache: Any) -> An
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         max_new_tokens=steps,
         do_sample=False,
         output_logits=True,

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import recorded
 from gpu_points import EVERY_CHANGE, stop_after
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -20,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import art_torch
 from art_torch import ARTCache
+from art_torch.integrations.transformers import cache_argument
 
 WARMUP = 2
 STEPS = 6
@@ -154,7 +156,7 @@ def time_steps(
             token = torch.randint(vocab, shape, generator=generator, device=device)
 
             def step() -> None:
-                model(token, past_key_values=cache, logits_to_keep=1)
+                model(token, logits_to_keep=1, **{cache_argument(model): cache})
 
             row = timed(step, ranks) | kernel_times(step, ranks)
             rows.append(row | {"graph": False} | read_by(handle, gpus))
@@ -219,21 +221,13 @@ def replay_times(
         cache.preallocate(point.tokens)
 
     def step() -> None:
-        model(token, past_key_values=cache, position_ids=position, logits_to_keep=1)
+        model(token, position_ids=position, logits_to_keep=1, **{cache_argument(model): cache})
         position.add_(1)
 
     if ranks.device.type != "cuda":
         return timed(step, ranks)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     # Other threads, such as that which watches NCCL, may ask about their events meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    graph = recorded(step, WARMUP, capture_error_mode="thread_local")
     return timed(graph.replay, ranks)
 
 

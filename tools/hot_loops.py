@@ -138,25 +138,28 @@ def innermost_loops(graph: Graph) -> list[set[int]]:
     return [body for head, body in loops.items() if not any(h in body for h in loops if h != head)]
 
 
+def spills_in(loop: Function, function: Function) -> list[Instruction]:
+    """Moves of vectors to or from the stack. A store that no vector is read from is none."""
+    has_frame = any(i.name == "mov" and i.arguments == "%rsp,%rbp" for i in function[:16])
+    # With an index it is an array that is meant to lie there.
+    slot = re.compile(r"[-\w]*\(%r[sb]p\)" if has_frame else r"[-\w]*\(%rsp\)")
+    vectors = [i for i in function if VECTOR.search(i.arguments)]
+    places = {i: place[0] for i in vectors if (place := slot.search(i.arguments))}
+    read = {place for i, place in places.items() if not i.arguments.endswith(place)}
+    return [i for i in loop if places.get(i) in read]
+
+
 def hot_loops(path: Path) -> list[Loop]:
     """The innermost loops of an object file that sum products."""
     found = []
     for name, function in functions_of(path).items():
         if not any(HOT.match(i.name) for i in function):
             continue
-        has_frame = any(i.name == "mov" and i.arguments == "%rsp,%rbp" for i in function[:16])
-        # With an index it is an array that is meant to lie there.
-        stack = re.compile(r"\(%r[sb]p\)" if has_frame else r"\(%rsp\)")
         blocks, graph = basic_blocks(function)
         for body in innermost_loops(graph):
-            instructions = [function[i] for block in sorted(body) for i in blocks[block]]
-            if any(HOT.match(i.name) for i in instructions):
-                spills = [
-                    i
-                    for i in instructions
-                    if VECTOR.search(i.arguments) and stack.search(i.arguments)
-                ]
-                found.append(Loop(name, instructions, spills))
+            loop = [function[i] for block in sorted(body) for i in blocks[block]]
+            if any(HOT.match(i.name) for i in loop):
+                found.append(Loop(name, loop, spills_in(loop, function)))
     return found
 
 

@@ -102,8 +102,9 @@ ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, int64_t
 // is a chain of short passes that wait for one another: twice as many thread blocks halve each
 // pass, and cost a message to the farthest of them between two of them. A thread block of fewer
 // than 512 units would have lanes without any; and all clusters should run at once, for one that
-// begins when another has ended takes as long again. `max_clusters`: of 2, 4 and 8 that the device
-// holds.
+// begins when another has ended takes as long again (H200, behind the scores: 8 items of 8192 units
+// take 24.9, 12.9, 9.9 and 7.9 us with 1, 2, 4 and 8 thread blocks, 64 items 30, 14, 15 and 18 us).
+// `max_clusters`: of 2, 4 and 8 that the device holds.
 ART_HD int32_t order_crew_log2(int64_t num_items, int64_t max_units,
                                const int32_t (&max_clusters)[3]) {
   constexpr int64_t kLeastUnits = 512;

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from art_torch import ops
 from art_torch.evicted import EvictedTable
-from art_torch.integrations.transformers.exact import causal_mask, exact_attention
-from art_torch.integrations.transformers.exact_evicted import attend_to_prompt, exact_evicted
+from art_torch.integrations.transformers.exact import exact_attention
+from art_torch.integrations.transformers.exact_paged import (
+    attend_to_prompt,
+    exact_paged,
+    why_not_this_mask,
+)
 from art_torch.integrations.transformers.layer import ARTLayer
 from art_torch.integrations.transformers.masks import MaskInfo, info_of
 from art_torch.integrations.transformers.new_keys import layer_of
@@ -41,6 +45,13 @@ logger = logging.getLogger("art_torch")
 
 # What of the keyword arguments a model passes would change the result of a decode step.
 _NOT_COVERED = ("position_bias", "cache", "output_attentions")
+
+
+_ONLY_STEPS = (
+    "a step on a preallocated ARTCache takes one token per row, position_ids and no attention mask "
+    "(pads are not stored), under torch.no_grad(), in eval mode and without output_attentions: "
+    "crop(0) goes back to a cache that takes all of that"
+)
 
 
 @dataclass
@@ -181,17 +192,12 @@ def art_attention(
     if torch.compiler.is_compiling():
         _check_compilable(settings, layer, reason, attention_mask)
     elif reason is None and attention_mask is not None:
-        reason = _why_not_this_mask(info_of(attention_mask), layer)
+        reason = why_not_this_mask(attention_mask, layer)
+    if reason is not None and layer.table.static_len:
+        raise RuntimeError(_ONLY_STEPS)
     if reason is not None:
         _note(settings, reason)
-        if layer.is_evicted:
-            why_not = attention_mask is not None and _why_not_this_mask(
-                info_of(attention_mask), layer
-            )
-            return exact_evicted(
-                module, settings, layer, query, new, attention_mask, own, why_not or None
-            )
-        return _exact_paged(module, settings, layer, query, new, attention_mask, own)
+        return exact_paged(module, settings, layer, query, new, attention_mask, own)
     return _decode_paged(settings, layer, query, new, attention_mask, logits)
 
 
@@ -220,14 +226,6 @@ def _why_exact(
     return None
 
 
-def _why_not_this_mask(info: MaskInfo | None, layer: ARTLayer) -> str | None:
-    if info is None or not info.is_causal:
-        return "the attention mask is not a causal mask with padding"
-    if not info.agrees_with(layer.table.real_tokens(0, info.start)):
-        return "the attention mask hides tokens that are in the cache"
-    return None
-
-
 def _note(settings: LayerSettings | None, reason: str | None) -> None:
     if reason and settings is not None:
         settings.note_exact(f"decode steps run with exact attention: {reason}")
@@ -248,13 +246,12 @@ def _check_compilable(
         raise RuntimeError("measure_mass=True cannot be compiled: it is for analysis")
     if not layer.table.static_len:
         raise RuntimeError(
-            "to compile a decode step, call cache.preallocate(max_length) after the prompt has run"
+            "a prompt on an ARTCache cannot be compiled: run it through the model as it is, then "
+            "call cache.preallocate(max_length) and compile steps of one token, or let generate() "
+            "compile them (ARTCache(config, max_length=...), disable_compile=False)"
         )
     if reason is not None or mask is not None:
-        raise RuntimeError(
-            "a compiled step on a preallocated ARTCache takes one token per row, position_ids and "
-            "no attention mask (pads are not stored), under torch.no_grad() and in eval mode"
-        )
+        raise RuntimeError(_ONLY_STEPS)
 
 
 # ---------------------------------------------------------------- decode steps
@@ -388,55 +385,3 @@ def call_operator(
     if settings.on_call is not None:
         settings.on_call(settings.layer, arguments, result)
     return result
-
-
-# ---------------------------------------------------------------- exact attention on pages
-
-
-def _exact_paged(
-    module: nn.Module,
-    settings: LayerSettings,
-    layer: ARTLayer,
-    query: Tensor,
-    new: tuple[Tensor, Tensor] | None,
-    mask: Tensor | None,
-    own: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention over an ARTCache: earlier tokens are gathered from the pages."""
-    info, table = info_of(mask), layer.table
-    if new is None:  # another layer has stored these keys and lends them
-        assert layer.lent is not None
-        key, value = layer.lent
-        needs_hiding = table.has_pads
-    else:
-        key, value = new
-        if not torch.compiler.is_compiling():
-            settings.stats.prepare_on_device(settings.layer, key.shape[1], key.device)
-        past = layer.history()
-        layer.append(key, value, None if info is None else info.real_tokens())
-        if past is not None:
-            key = torch.cat([past[0], key], dim=2)
-            value = torch.cat([past[1], value], dim=2)
-        needs_hiding = table.has_pads and past is not None
-        if layer.lends:
-            layer.lent = key, value
-    if needs_hiding:
-        mask = _hide_pads(mask, layer, key.shape[2], query.shape[2])
-    return exact_attention(module, query, key, value, mask, own, settings.eager_only)
-
-
-def _hide_pads(mask: Tensor | None, layer: ARTLayer, keys: int, queries: int) -> Tensor:
-    """Pads of earlier passes were not stored: hide them, whatever the mask says of them."""
-    device, end = layer.table.device, layer.padded_len
-    real = layer.table.real_tokens(end - keys, end)
-    assert real is not None
-    if mask is None:
-        mask = causal_mask(queries, keys, layer.table.window, device)
-    stored = torch.from_numpy(real.copy()).to(device)
-    # A pad as query sees itself, or its softmax would have nothing to sum.
-    position = torch.arange(keys, device=device)
-    itself = position[None, :] == position[keys - queries :, None]
-    stored = stored[:, None, None, :] | itself
-    if mask.dtype == torch.bool:
-        return mask & stored
-    return mask.masked_fill(~stored, torch.finfo(mask.dtype).min)

@@ -55,6 +55,9 @@ class ARTCache(Cache):
             token of a head is rounded to 255 multiples of a float32 scale of its own when it is
             stored (``docs/int8.md``). Tokens of a forward pass see each other as they came, a
             decode step reads what is stored. None keeps them as they are.
+        max_length: Tokens a row may reach, pads not counted; None for no limit but memory. With it
+            the cache is preallocated, see :meth:`preallocate`, whenever a step of one token begins,
+            and ``generate`` can compile that step (``docs/compiled.md``).
 
     Raises:
         TypeError: ``config`` is not a model config.
@@ -72,6 +75,7 @@ class ARTCache(Cache):
         max_bytes: int | None = None,
         key_codes: bool = False,
         kv_dtype: torch.dtype | None = None,
+        max_length: int | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be model.config, got {type(config).__name__}")
@@ -82,8 +86,9 @@ class ARTCache(Cache):
             raise ValueError(
                 f"kv_dtype must be torch.int8, or None for the dtype of the model, got {kv_dtype}"
             )
-        if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        for name, limit in (("max_bytes", max_bytes), ("max_length", max_length)):
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} must be positive, got {limit}")
         text_config = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         kinds = [window for window in windows if isinstance(window, int)]
@@ -98,7 +103,7 @@ class ARTCache(Cache):
             )
         if key_codes:
             self.tables[0].switch_on_codes()
-        self.page_size = page_size
+        self.page_size, self.max_length = page_size, max_length
         self._unused: ARTLayer | None = None
         layers: list[Any] = []
         lends = _DUMMY in windows or bool(getattr(text_config, "num_kv_shared_layers", None))
@@ -144,6 +149,24 @@ class ARTCache(Cache):
         return layer.update(key_states, value_states)  # type: ignore[no-any-return]
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile steps: with ``max_length``."""
+        return self.max_length is not None and all(layer.is_compileable for layer in self._linear())
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask has to cover; a forward pass begins by it."""
+        if query_length != 1:
+            self._leave_static()
+        elif self.max_length is not None and not torch.compiler.is_compiling():
+            self._enter_static(self.max_length)
+        return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[no-any-return]
+
+    def _enter_static(self, max_length: int) -> None:
+        tables = self._tables_in_use()
+        if all(table.padded_len and not table.static_len for table in tables):
+            self.preallocate(max_length)
+
+    @property
     def bytes_in_use(self) -> int:
         """Bytes of the pages that hold tokens, and of their key codes."""
         return sum(table.bytes_in_use for table in self._tables_in_use())
@@ -154,7 +177,8 @@ class ARTCache(Cache):
         Call it after the prompt has run. From then on lengths are tensors and a step of one token
         per row can be compiled with ``torch.compile(fullgraph=True)``. Pass ``position_ids`` and no
         attention mask: pads are not stored. Any other use (a longer pass, ``crop``, beams) goes
-        back to lengths on the host. Sliding windows give no pages back meanwhile.
+        back to lengths on the host. Sliding windows give no pages back meanwhile. With
+        ``max_length`` nobody has to call it.
 
         Args:
             max_length: Tokens a row may reach, pads not counted.

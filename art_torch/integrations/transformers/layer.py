@@ -17,6 +17,7 @@ from art_torch.cache import BoolArray, CacheMemoryError, PageTable, Step
 from art_torch.code_table import CodeStorage
 from art_torch.evicted import EvictedTable
 from art_torch.guided import encode_keys, key_code_bytes
+from art_torch.integrations.transformers.masks import NO_KEYS
 from art_torch.integrations.transformers.new_keys import NewKeys
 from art_torch.ops import append_kv
 from art_torch.page_storage import PageStorage
@@ -172,6 +173,11 @@ class ARTLayer(CacheLayerMixin):
             key, value = (new.flatten(0, 1).unsqueeze(1) for new in (key, value))
             real = None if real is None else real.repeat(table.num_kv_heads, axis=0)
         if table.static_len:
+            if key.shape[2] != 1:
+                raise RuntimeError(
+                    f"a preallocated ARTCache takes one token per row, got {key.shape[2]} with a "
+                    "mask of their own: crop(0) goes back to passes of any length"
+                )
             if self.leads:
                 table.advance()
             slots = table.static_slots
@@ -415,9 +421,12 @@ class ARTLayer(CacheLayerMixin):
         return self.padded_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask has to cover."""
+        """Length and offset of the keys that a mask has to cover.
+
+        None while preallocated: the pages themselves tell what a step sees.
+        """
         if self.table.static_len:
-            return self.table.static_len, 0
+            return NO_KEYS
         visible = self.padded_len
         if self.table.window is not None:
             visible = min(visible, self.table.window - 1)

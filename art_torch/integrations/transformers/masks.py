@@ -23,7 +23,10 @@ from transformers.masking_utils import (
 from art_torch.cache import BoolArray
 from art_torch.page_map import IntArray
 
-__all__ = ["MaskInfo", "art_mask", "info_of"]
+__all__ = ["NO_KEYS", "MaskInfo", "art_mask", "info_of"]
+
+# Length and offset of keys that need no mask. Every other cache has at least the new one.
+NO_KEYS = 0, 0
 
 _AND = and_masks(causal_mask_function).__code__
 _WINDOW = sliding_window_overlay(1).__code__
@@ -156,9 +159,14 @@ def art_mask(
     Returns:
         bool ``[batch, 1, q_length, kv_length]``, True for visible; None where everything is.
     """
-    is_plain_step = q_length == 1 and attention_mask is None and not use_vmap
-    if is_plain_step and allow_is_causal_skip and isinstance(q_offset, Tensor):
-        return None  # a preallocated ARTCache: it knows the lengths, and its window
+    if kv_length == NO_KEYS[0]:  # a preallocated ARTCache: it knows its lengths, pads and window
+        if use_vmap:
+            raise RuntimeError(
+                "a preallocated ARTCache takes causal attention, with a window or not"
+            )
+        if attention_mask is not None and (table := getattr(q_offset, "_art_table", None)):
+            table().check_mask(attention_mask)
+        return None
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -177,9 +185,8 @@ def art_mask(
     padding = None if attention_mask is None else attention_mask.cpu().numpy()
     if padding is not None and padding.all():
         padding = None  # there is a mask for another reason: a window, a static cache
-    if q_length == 1:
-        # generate() calls contiguous() on it, and a copy would not carry the information.
-        mask = mask.contiguous()
+    # generate() calls contiguous() on it, and a copy would not carry the information.
+    mask = mask.contiguous()
     # Offsets are tensors after generate() has cropped a cache by one.
     info = MaskInfo(is_causal, padding, int(q_offset), q_length, int(kv_offset), window)
     mask._art_info = info  # type: ignore[attr-defined]
