@@ -110,6 +110,15 @@ def test_without_pads_and_in_turns():
     assert not counters["graph_break"]
 
 
+def test_keys_and_values_in_eight_bits():
+    model, ids = build("llama"), prompt(2, 150)
+    with art_torch.patch(model, **PATCHES["guided"]):
+        expected = generate(model, ids, art_torch.ARTCache(model.config, kv_dtype=torch.int8))
+        got = generate(model, ids, fixed(model, kv_dtype=torch.int8), **compiling())
+    assert torch.equal(got.sequences, expected.sequences)
+    assert_one_graph()
+
+
 def test_prompts_of_one_token():
     model, ids = build("llama"), prompt(2, 1)
     expected = generate(model, ids, max_new_tokens=9).sequences
