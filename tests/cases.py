@@ -260,6 +260,11 @@ CASES = [
       for layout in ("hnd", "interleaved_tokens", "interleaved_pages", "padded", "dense",
                      "tokens_last", "head_pool")),
     _with("tokens_last_dims", layout="tokens_last", head_dim=40, value_dim=80, num_q_heads=6),
+    *(_with(f"tokens_last_page_{n}", layout="tokens_last", page_size=n, starts=(37, 300))
+      for n in (16, 64, 128)),
+    _with("tokens_last_page_20", layout="tokens_last", page_size=20, unit_size=4, block_size=12,
+          num_q_heads=7, num_kv_heads=1),
+    _with("tokens_last_explicit", layout="tokens_last", page_size=64, walk="explicit"),
     _with("dense_any_unit", layout="dense", unit_size=24, block_size=72),
     _with("dense_one_unit", layout="dense", unit_size=5000, block_size=5000),
     _with("per_head_table", per_head_table=True),

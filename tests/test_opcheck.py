@@ -15,6 +15,7 @@ from art_torch import (
     encode_keys,
     guided_walk,
     key_code_bytes,
+    ops,
 )
 
 by_dtype = {"ids": lambda dtype: str(dtype).removeprefix("torch.")}
@@ -212,3 +213,10 @@ def test_fake_tensors_have_the_shapes_of_results(device):
             fake = torch.ops.art.decode_attention(*args, **kwargs)
         for a, b in zip(fake, real, strict=True):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def test_arguments_left_out_have_the_value_that_the_operator_assumes():
+    for op in (torch.ops.art.decode_attention.default, torch.ops.art.decode_attention.out):
+        assumed = {argument.name: argument.default_value for argument in op._schema.arguments}
+        for name, value in ops._DEFAULTS.items():
+            assert assumed[name] == value, f"{name}: expected {value}, got {assumed[name]}"

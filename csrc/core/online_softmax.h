@@ -19,15 +19,25 @@ struct FoldFactors {
   float incoming;
 };
 
-ART_HD FoldFactors fold(SoftmaxState& running, const SoftmaxState& incoming) {
-  const float max = running.max > incoming.max ? running.max : incoming.max;
+// How far the smaller maximum lies below the common one; 0 where nothing was read by either.
+ART_HD float fold_distance(const SoftmaxState& running, const SoftmaxState& incoming) {
+  const bool rises = incoming.max > running.max;
+  const float distance = rises ? running.max - incoming.max : incoming.max - running.max;
   // We don't want (-inf) - (-inf), since that would give NaN.
-  const float reference = max == -INFINITY ? 0.0f : max;
-  const FoldFactors factors = {std::exp(running.max - reference),
-                               std::exp(incoming.max - reference)};
+  return rises || running.max > -INFINITY ? distance : 0.0f;
+}
+
+// `scale`: exp(fold_distance()).
+ART_HD FoldFactors fold(SoftmaxState& running, const SoftmaxState& incoming, float scale) {
+  const bool rises = incoming.max > running.max;
+  const FoldFactors factors = {rises ? scale : 1.0f, rises ? 1.0f : scale};
   running.sum = running.sum * factors.running + incoming.sum * factors.incoming;
-  running.max = max;
+  if (rises) running.max = incoming.max;
   return factors;
+}
+
+ART_HD FoldFactors fold(SoftmaxState& running, const SoftmaxState& incoming) {
+  return fold(running, incoming, std::exp(fold_distance(running, incoming)));
 }
 
 // An attention sink is a logit without a token: it adds to the denominator only. Kept out of the

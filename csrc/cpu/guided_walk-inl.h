@@ -7,19 +7,19 @@ namespace {
 template <class T>
 void score_tail(const DecodeParams& params, const Item& item, int32_t origin, Scratch& scratch) {
   Tile<T> tile;
-  const T* keys = static_cast<const T*>(params.key.data) + item.kv_head * params.key.head_stride;
   const int32_t begin = item.visible.begin > origin ? item.visible.begin : origin;
-  for (int32_t token = begin; token < item.visible.end; ++token) {
-    const int64_t page = item.block_table[token / params.page_size];
-    const int64_t offset = token % params.page_size;
-    const T* key = keys + page * params.key.page_stride + offset * params.key.token_stride;
-    tile.scales.set_key(tile.num_tokens, {params, page, offset, item.kv_head});
-    tile.keys[tile.num_tokens] = tile.values[tile.num_tokens] = key;
-    tile.positions[tile.num_tokens++] = token;
+  for (int32_t token = begin; token < item.visible.end;) {
+    const int32_t page_end = token - token % params.page_size + params.page_size;
+    const int32_t end = page_end < item.visible.end ? page_end : item.visible.end;
+    tile.add(params, item, token, end - token);
+    token = end;
   }
-  if (params.key.dim_stride != 1) copy_keys(params, tile, static_cast<T*>(scratch.keys));
   tile.pad();
-  score_tile(params, tile, scratch);
+  tile.scales.read_keys(tile.num_tokens);
+  Runs none;
+  const Runs* const parts[] = {&none, &none, &none};
+  Fetcher nothing(parts, 0, 0);
+  score_tile(params, tile, scratch, nothing);
   for (int32_t g = 0; g < params.group_size; ++g) {
     float* scores = scratch.scores + g * kScoreStride;
     tile.scales.multiply_logits(tile.num_tokens, scores);

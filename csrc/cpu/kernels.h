@@ -20,6 +20,7 @@ constexpr int32_t kTilePadding = 16;   // a tile is rounded up to whole vectors
 constexpr int32_t kRowAlignment = 16;  // floats; rows of scratch arrays start on cache lines
 constexpr int32_t kHeadsPerPass = 4;   // query heads that share one load of a key
 constexpr int32_t kScoreStride = kTileTokens + kTilePadding;
+constexpr int32_t kMaxHeadDim = 256;
 
 constexpr int32_t round_up(int32_t n, int32_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -37,7 +38,7 @@ struct Scratch {
   float* query;       // [group_size rounded up to kHeadsPerPass, padded head_dim], scaled
   void* plain_query;  // the same as it came, for targets that multiply it so
   float* scores;      // [group_size rounded up to kHeadsPerPass, kScoreStride]
-  void* keys;         // [kTileTokens, head_dim]: keys copied from a token-contiguous cache
+  void* keys;         // [head_dim, kTileTokens]: ends of pages of a token-contiguous cache
   Accumulator step;   // result of a step that is folded at once
   Accumulator tile;   // second and later tiles of a step
 };

@@ -1,5 +1,5 @@
 // Logits with vectors of four floats. Included inside the target's namespace, after
-// decode_attention-inl.h.
+// tile_products-inl.h.
 
 namespace {
 
@@ -26,10 +26,13 @@ struct WideDot {
   ART_INLINE static Keys load_rest(const T* from, int32_t) {
     return {load(from), load(from + kLanes), VecF{}, VecF{}};
   }
-  ART_INLINE static VecF add(VecF sum, const Keys& keys, const Query* query) {
-    VecF products = keys.part[0] * load(query);
+  ART_INLINE static Keys load_queries(const Query* from) {
+    return {load(from), load(from + kLanes), load(from + 2 * kLanes), load(from + 3 * kLanes)};
+  }
+  ART_INLINE static VecF add(VecF sum, const Keys& keys, const Keys& queries) {
+    VecF products = keys.part[0] * queries.part[0];
 #pragma GCC unroll 4
-    for (int i = 1; i < kParts; ++i) products += keys.part[i] * load(query + i * kLanes);
+    for (int i = 1; i < kParts; ++i) products += keys.part[i] * queries.part[i];
     return sum + products;
   }
 };

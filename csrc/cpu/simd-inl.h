@@ -229,7 +229,8 @@ ART_INLINE VecF transpose_max(VecF (&v)[kLanes]) { return transpose_reduce<true>
 ART_INLINE VecF exp_nonpositive(VecF x) {
   const VecI tiny = x < -87.0f;
   const VecF clamped = tiny ? broadcast(-87.0f) : x;
-  const VecF n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const VecF shifted = clamped * 1.44269504f + 12582912.0f;  // the nearest integer, in its low bits
+  const VecF n = shifted - 12582912.0f;
   const VecF r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
   VecF p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -238,7 +239,7 @@ ART_INLINE VecF exp_nonpositive(VecF x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const VecI exponent = (__builtin_convertvector(n, VecI) + 127) << 23;
+  const VecI exponent = (bit_cast<VecI>(shifted) + 127) << 23;
   const VecF power = p * bit_cast<VecF>(exponent);
   return tiny ? VecF{} : power;
 }

@@ -16,6 +16,8 @@ constexpr int kLanes = 8;
 #include "cpu/simd-inl.h"
 #include "cpu/conversions_avx2-inl.h"
 #include "cpu/tile_scales-inl.h"
+#include "cpu/tiles-inl.h"
+#include "cpu/tile_products-inl.h"
 #include "cpu/decode_attention-inl.h"
 #include "cpu/code_query-inl.h"
 #include "cpu/score_codes-inl.h"

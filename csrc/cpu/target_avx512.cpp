@@ -19,6 +19,8 @@ constexpr int kLanes = 16;
 #include "cpu/conversions_avx2-inl.h"
 #include "cpu/conversions_avx512-inl.h"
 #include "cpu/tile_scales-inl.h"
+#include "cpu/tiles-inl.h"
+#include "cpu/tile_products-inl.h"
 #include "cpu/decode_attention-inl.h"
 #include "cpu/code_query-inl.h"
 #include "cpu/score_codes-inl.h"

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "core/termination.h"
+#include "ops/allocate.h"
 #include "ops/check.h"
 #include "ops/check_cache.h"
 
@@ -146,7 +145,7 @@ DecodeOutputs allocate_outputs(const DecodeArguments& args) {
   const int64_t batch = args.query.size(0), heads = args.query.size(1);
   const int64_t kv_heads = args.key_cache.size(2), value_dim = args.value_cache.size(3);
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(args.query, shape, dtype);
+    return new_empty(args.query, shape, dtype);
   };
   return {empty({batch, heads, value_dim}, args.query.scalar_type()),
           empty({batch, heads}, ScalarType::Float), empty({batch, kv_heads}, ScalarType::Int),

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "ops/allocate.h"
 #include "ops/check.h"
 #include "ops/decode_attention.h"
 
@@ -16,8 +17,7 @@ void launch_cpu(const DecodeArguments& args, const DecodeParams& params, int64_t
   const cpu::DecodePlan plan = cpu::plan_decode(params, threads, num_splits);
   constexpr int64_t kAlignment = 64;
   const int64_t bytes = static_cast<int64_t>(plan.workspace_bytes) + kAlignment;
-  const Tensor workspace =
-      torch::stable::new_empty(args.query, {bytes}, torch::headeronly::ScalarType::Byte);
+  const Tensor workspace = new_empty(args.query, {bytes}, ScalarType::Byte);
   const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   void* const memory =
       reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
