@@ -42,6 +42,10 @@ def how(request, monkeypatch):
     return HOW[request.param]
 
 
+# Requests join while others run, so pieces of prompts could be any length; none is one token here.
+WHOLE = {"max_batch_tokens": 512}
+
+
 def on_gpu(name):
     model = build(name).to("cuda")
     model.set_attn_implementation("sdpa")
@@ -63,9 +67,9 @@ def test_tokens_without_a_criterion(name, how):
 def test_reading_stops(how):
     model, prompts = on_gpu("llama"), prompts_of(400, 60, 300)
     with art_torch.patch(model, CRITERION, **SIZES) as handle, continuous_batching.enable(handle):
-        first = answers(model, prompts, **how)
+        first = answers(model, prompts, **how, **WHOLE)
         assert 0.0 < handle.stats.read_fraction() < 1.0
-        assert answers(model, prompts, **how) == first
+        assert answers(model, prompts, **how, **WHOLE) == first
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -84,7 +88,7 @@ def test_guided_walk_without_a_criterion(name):
 
 def test_guided_walk_stops():
     model, prompts = on_gpu("llama"), prompts_of(600, 60, 450)
-    options = {"page_size": PAGE, "use_cuda_graph": False}
+    options = {"page_size": PAGE, "use_cuda_graph": False, **WHOLE}
     patched = art_torch.patch(model, RULE, **GUIDED)
     with patched as handle, continuous_batching.enable(handle):
         first = answers(model, prompts, **options)
