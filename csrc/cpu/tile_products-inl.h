@@ -54,7 +54,7 @@ struct Weighing {
 };
 
 // scores[h, t] = <query h, key t>, for kHeads heads and num_tokens tokens, rounded up to whole
-// vectors. kLanes sums run at a time, so that one transposed addition finishes them all. With
+// vectors. One transposed addition finishes kLanes sums; those of kSide keys run at a time. With
 // kFetch, as many lines are fetched as are read.
 template <class T, int kHeads, bool kFetch>
 ART_INLINE void score_heads(const T* const* keys, int32_t num_tokens, int32_t head_dim, float scale,

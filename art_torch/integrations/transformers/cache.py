@@ -61,9 +61,9 @@ class ARTCache(Cache):
 
     Raises:
         TypeError: ``config`` is not a model config.
-        ValueError: The page size does not fit, the model has layers that are neither full,
-            sliding-window nor linear attention, or linear ones only, or ``key_codes`` is asked for
-            and no layer is full attention.
+        ValueError: The page size does not fit, a limit is not positive, ``kv_dtype`` is another
+            one, the model has layers that are neither full, sliding-window nor linear attention,
+            or linear ones only, or ``key_codes`` is asked for and no layer is full attention.
     """
 
     layers: list[Any]
