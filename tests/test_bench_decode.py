@@ -3,33 +3,13 @@
 import json
 
 import pytest
-from scripts import BENCHMARKS, run_script
+from scripts import benchmark_fixture, run_script
 
 import art_torch
 
-
-@pytest.fixture
-def cpu_peers(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import cpu_peers
-
-    return cpu_peers
-
-
-@pytest.fixture
-def make_tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import make_tables
-
-    return make_tables
-
-
-@pytest.fixture
-def decode_report(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import decode_report
-
-    return decode_report
+cpu_peers = benchmark_fixture("cpu_peers")
+make_tables = benchmark_fixture("make_tables")
+decode_report = benchmark_fixture("decode_report")
 
 
 def test_bench_decode_runs(tmp_path):

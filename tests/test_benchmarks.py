@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from scripts import BENCHMARKS, ROOT, run_script
+from scripts import BENCHMARKS, ROOT, benchmark_fixture, run_script
 
 DECODE = {
     "device": "A CPU",
@@ -82,28 +82,9 @@ GUIDED = {
 }
 
 
-@pytest.fixture
-def make_tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import make_tables
-
-    return make_tables
-
-
-@pytest.fixture
-def gpu_points(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_points
-
-    return gpu_points
-
-
-@pytest.fixture
-def gpu_report(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_report
-
-    return gpu_report
+make_tables = benchmark_fixture("make_tables")
+gpu_points = benchmark_fixture("gpu_points")
+gpu_report = benchmark_fixture("gpu_report")
 
 
 @pytest.fixture

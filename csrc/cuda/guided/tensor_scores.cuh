@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/exponential.cuh"
 #include "cuda/guided/code_query.cuh"
 #include "cuda/guided/plain_scores.cuh"
 #include "cuda/guided/units.cuh"
@@ -39,12 +40,6 @@ struct TensorSizes {
     return std::max(kRingBytes + tiles * kPairs * sizeof(QueryPair), sizeof(PlainShared));
   }
 };
-
-__device__ inline float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Whole vectors from shared memory, as long as they can be aligned.
 template <int kWords>
@@ -280,7 +275,7 @@ __device__ UnitSum add_rows(const LaneLogits<kHeads>& logits) {
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     const float (&x)[2] = logits.at[i % kGroupUnits][i / kGroupUnits];
-    sums[i] = power_of_2(x[0]) + power_of_2(x[1]);
+    sums[i] = exp2_approximate(x[0]) + exp2_approximate(x[1]);
   }
 #pragma unroll
   for (int half = kSums / 2; half > 0; half /= 2) {

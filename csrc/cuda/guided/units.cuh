@@ -11,8 +11,6 @@
 
 namespace art::cuda::guided {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 struct Target {
   int32_t index;
   int32_t batch;

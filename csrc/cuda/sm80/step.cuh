@@ -3,18 +3,12 @@
 // decode_attention.cuh's.
 #pragma once
 
+#include "cuda/exponential.cuh"
 #include "cuda/sm80/fold.cuh"
 
 namespace art::cuda::sm80 {
 
 constexpr int kScoreStride = 72;  // floats; 8 banks from one head to the next
-constexpr float kLog2e = 1.4426950408889634f;
-
-__device__ inline float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 template <int kDim, int kHeadTiles>
 struct Shape {

@@ -9,6 +9,7 @@
 #include "core/online_softmax.h"
 #include "core/params.h"
 #include "core/walk.h"
+#include "cuda/exponential.cuh"
 #include "cuda/sm90/async.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
@@ -18,7 +19,6 @@ namespace art::cuda::sm90 {
 using sm80::Mma;
 
 constexpr int kBoxes = kTileTokens / kBoxTokens;
-constexpr float kLog2e = 1.4426950408889634f;
 
 template <int kDim>
 struct TileShape {
@@ -90,12 +90,6 @@ struct Partial {
   SoftmaxState softmax[kHeadTiles][2];
   float values[kHeadTiles][kDim / 16][4];
 };
-
-__device__ inline float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Over the lanes that hold the same heads.
 __device__ inline float head_sum(float x) {
