@@ -81,21 +81,33 @@ ART_HD int32_t cuda_crew(int64_t num_items, int64_t resident_blocks, int64_t max
   return crew < 1 ? 1 : static_cast<int32_t>(crew);
 }
 
-// Thread blocks of a cluster that computes one item on a GPU, each on a multiprocessor of its own.
-// Half of these are enough to keep the memory busy, and more than two thread blocks to a cluster on
-// all of them are slower (H100, 32k tokens of 8 heads of 128: 16 items take 98 us in fours and 125
-// in eights, 32 items 190 in twos and 237 in fours). No more than a quarter of the steps there are
-// to share, but always pairs where these fit. `max_clusters`: clusters of 2, 4 and 8 that the
-// device holds. 0: not even pairs fit, and one thread block per item is better.
-ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, int64_t multiprocessors,
+// Thread blocks of a cluster that computes one item on a GPU, each on a multiprocessor of its own:
+// as many as let all clusters run at once. Large clusters fit the device badly, and those that wait
+// for a place take as long again (H200, which holds 66 of two, but 30 of four and 15 of eight; 32k
+// tokens of 8 heads of 128: 24 items take 157 us in twos and 105 in fours, 32 items 165 in twos and
+// 198 in fours). Small heads keep a lone thread block from reading fast enough, so that even those
+// pairs are worth it which run one after the other (96 items of 8k tokens, heads of 64: 66 us, and
+// 94 with a thread block per item). No more than a quarter of the steps there are to share, but
+// always pairs where these fit. `max_clusters`: clusters of 2, 4 and 8 that the device holds. 0:
+// one thread block per item is better.
+ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, int32_t head_dim,
                                    const int32_t (&max_clusters)[3]) {
+  constexpr int32_t kSmallHead = 64;
   for (int i = 2; i >= 0; --i) {
     const int32_t blocks = 2 << i;
-    const bool leaves_room = i == 0 || 2 * num_items * blocks <= multiprocessors;
-    const bool has_steps = i == 0 || 4 * blocks <= max_steps;
-    if (leaves_room && has_steps && num_items <= max_clusters[i]) return blocks;
+    if (i > 0 && 4 * blocks > max_steps) continue;
+    const int64_t waves = i == 0 && head_dim <= kSmallHead ? 2 : 1;
+    if (num_items <= waves * max_clusters[i]) return blocks;
   }
   return 0;
+}
+
+// Warps of each of these thread blocks that fill its stages, of `most`. One of them needs 0.6 us
+// for a step, and small steps are gone sooner; for the others a second one pays off where there are
+// enough steps (H200, heads of 128: 32 items of 8k tokens take 46 instead of 51 us, 8 of them 18.6
+// instead of 17.4).
+ART_HD int32_t cuda_cluster_producers(int32_t most, int64_t steps_per_block, int32_t head_dim) {
+  return head_dim <= 64 || steps_per_block >= 32 ? most : 1;
 }
 
 // Thread blocks, as a power of two, of a cluster that orders the units of one guided walk. Ordering

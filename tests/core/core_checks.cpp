@@ -77,15 +77,18 @@ void check_exchange() {
 }
 
 void check_cluster_blocks() {
-  const int32_t max_clusters[3] = {66, 32, 16};  // an H100
-  const auto blocks = [&](int64_t items, int64_t steps) {
-    return art::cuda_cluster_blocks(items, steps, 132, max_clusters);
+  const int32_t max_clusters[3] = {66, 30, 15};  // an H200
+  const auto blocks = [&](int64_t items, int64_t steps, int32_t head_dim = 128) {
+    return art::cuda_cluster_blocks(items, steps, head_dim, max_clusters);
   };
-  expect(blocks(8, 512) == 8, "8 items", blocks(8, 512), 8);
+  expect(blocks(15, 512) == 8, "15 items", blocks(15, 512), 8);
   expect(blocks(16, 512) == 4, "16 items", blocks(16, 512), 4);
+  expect(blocks(30, 512) == 4, "30 items", blocks(30, 512), 4);
   expect(blocks(32, 512) == 2, "32 items", blocks(32, 512), 2);
   expect(blocks(64, 512) == 2, "64 items", blocks(64, 512), 2);
   expect(blocks(67, 512) == 0, "67 items", blocks(67, 512), 0);
+  expect(blocks(132, 512, 64) == 2, "132 small items", blocks(132, 512, 64), 2);
+  expect(blocks(133, 512, 64) == 0, "133 small items", blocks(133, 512, 64), 0);
   expect(blocks(8, 16) == 4, "few steps", blocks(8, 16), 4);
   expect(blocks(1, 1) == 2, "one step", blocks(1, 1), 2);
 }

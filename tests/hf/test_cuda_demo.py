@@ -34,13 +34,14 @@ def run_demo(out, *arguments):
     document.write_text(text[:1500], encoding="utf-8")
     command = [sys.executable, str(ROOT / "examples" / "generate.py"), "--device", "cuda"]
     settings = ["--document", str(document), "--max-new-tokens", "12", "--out", str(out)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [*command, *settings, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
     assert done.returncode == 0, done.stderr
     tasks = json.loads((out / "report.json").read_text())

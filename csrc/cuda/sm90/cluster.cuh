@@ -71,8 +71,11 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   cluster_arrive_relaxed();
   // Own tiles can be on their way before the others have started.
   if (warp >= kWorkers + kFolders + 2) {
-    produce<Shared::kProducers>(params, maps, item, shared.stages, warp - kWorkers - kFolders - 2,
-                                rank, plan.blocks(), [&] { return shared.exchange.stop != 0; });
+    const int number = warp - kWorkers - kFolders - 2;
+    if (number < plan.producers) {
+      produce(params, maps, item, shared.stages, plan.producers, number, rank, plan.blocks(),
+              [&] { return shared.exchange.stop != 0; });
+    }
     __syncwarp();
     cluster_wait();
     cluster_arrive();

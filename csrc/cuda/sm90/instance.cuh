@@ -29,6 +29,7 @@ Entries entries(int32_t group_size, bool use_residual) {
       if constexpr (kDim < 256) made.solo = run_solo<T, kDim, kTiles>;
       made.cluster =
           use_residual ? run_cluster<T, kDim, kTiles, true> : run_cluster<T, kDim, kTiles, false>;
+      made.max_producers = num_cluster_producers(kDim);
       made.exchange_bytes = kExchangeBytes<T, kDim, kTiles>;
       made.max_pending_log2 = max_pending_log2(kDim, kTiles);
     }

@@ -27,10 +27,11 @@ constexpr int num_cluster_workers(int head_dim) {
   if (head_dim <= 96) return 5;
   return head_dim <= 128 ? 4 : head_dim <= 192 ? 3 : 2;
 }
-// One warp produces a step in 0.6 us (H100), too slowly where steps are small; elsewhere a second
-// one only takes 1 us longer to start. With two of them, each must have computing warps of its own:
-// when it ends, nobody empties their stages any more.
-constexpr int num_cluster_producers(int head_dim) { return head_dim <= 64 ? 2 : 1; }
+// With two producing warps, each must have computing warps of its own: when it ends, nobody empties
+// their stages any more.
+constexpr int num_cluster_producers(int head_dim) {
+  return num_cluster_workers(head_dim) == 4 ? 2 : 1;
+}
 constexpr int num_cluster_stages(int head_dim) {
   return num_cluster_workers(head_dim) * (head_dim <= 64 ? 2 : 1);
 }

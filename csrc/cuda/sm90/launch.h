@@ -67,6 +67,7 @@ struct ClusterPlan {
   // Folding warps of a thread block that have the same slices. All fold them; forming moments takes
   // longer, and they do that in turn.
   int32_t sharers_log2;
+  int32_t producers;  // producing warps that have work, of those that a thread block has
   ExchangeLayout layout;
 
   ART_HD int32_t blocks() const { return 1 << blocks_log2; }
@@ -102,6 +103,7 @@ struct Entries {
                       int* blocks);
   cudaError_t (*cluster)(const DecodeParams&, const ListedWalks&, const Maps&, const ClusterPlan&,
                          cudaStream_t, int* blocks);
+  int max_producers;     // producing warps of a thread block
   int exchange_bytes;    // room for an ExchangeLayout
   int max_pending_log2;  // of its sizes
 };

@@ -52,7 +52,7 @@ cudaError_t solo_residency(const DecodeParams& params, const Entries& entries,
 
 // Clusters of 2, 4 and 8 thread blocks that the device holds at once.
 cudaError_t find_max_clusters(const DecodeParams& params, const Entries& entries,
-                              int32_t (&max_clusters)[kClusterSizes], int64_t* multiprocessors) {
+                              int32_t (&max_clusters)[kClusterSizes]) {
   static ResidencyCache<kKernels * 2 * kClusterSizes> cache;
   const int number = kernel_number(params) * 2 + params.use_residual;
   for (int i = 0; i < kClusterSizes; ++i) {
@@ -65,14 +65,13 @@ cudaError_t find_max_clusters(const DecodeParams& params, const Entries& entries
         &residency);
     if (error != cudaSuccess) return error;
     max_clusters[i] = residency.blocks;
-    *multiprocessors = residency.multiprocessors;
   }
   return cudaSuccess;
 }
 
 // num_splits other than 0 sets the thread blocks per item, rounded down to a cluster's size.
-int32_t choose_blocks(const DecodeParams& params, int64_t num_splits, int64_t multiprocessors,
-                      bool has_solo, const int32_t (&max_clusters)[kClusterSizes]) {
+int32_t choose_blocks(const DecodeParams& params, int64_t num_splits, bool has_solo,
+                      const int32_t (&max_clusters)[kClusterSizes]) {
   int32_t blocks = 1;
   if (num_splits > 0) {
     for (int i = 0; i < kClusterSizes; ++i) {
@@ -80,7 +79,7 @@ int32_t choose_blocks(const DecodeParams& params, int64_t num_splits, int64_t mu
     }
   } else {
     blocks =
-        cuda_cluster_blocks(num_items(params), max_steps(params), multiprocessors, max_clusters);
+        cuda_cluster_blocks(num_items(params), max_steps(params), params.head_dim, max_clusters);
     // Clusters of any size give the same bits, but not the ones of solo.
     if (blocks == 0) blocks = params.batch_invariant ? 2 : 1;
   }
@@ -91,6 +90,8 @@ ClusterPlan plan_cluster(const DecodeParams& params, const Entries& entries, int
   ClusterPlan plan = {};
   const int32_t slices = num_slices(params.head_dim), local = slices_of_block(slices, blocks);
   while (plan.blocks() < blocks) ++plan.blocks_log2;
+  plan.producers =
+      cuda_cluster_producers(entries.max_producers, max_steps(params) / blocks, params.head_dim);
   plan.sharers_log2 = local == 1 ? 2 : local == 2 ? 1 : 0;
   plan.layout = {(params.group_size + 1) / 2, local, slices, {}};
   plan.layout.sizes = cuda_exchange(plan.blocks_log2, 16 * plan.layout.slot_pieces(),
@@ -108,16 +109,14 @@ cudaError_t make_plan(const DecodeParams& params, int64_t num_splits, Plan* plan
                          : find_entries<DType::kBFloat16>(params, &plan->entries);
   if (!known || plan->entries.cluster == nullptr || !takes(params)) return cudaSuccess;
   int32_t max_clusters[kClusterSizes];
-  int64_t multiprocessors = 0;
   Residency solo = {};
-  cudaError_t error = find_max_clusters(params, plan->entries, max_clusters, &multiprocessors);
+  cudaError_t error = find_max_clusters(params, plan->entries, max_clusters);
   if (error == cudaSuccess && plan->entries.solo != nullptr) {
     error = solo_residency(params, plan->entries, &solo);
   }
   // Without clusters of two, the GPU is older or has too little shared memory.
   if (error != cudaSuccess || max_clusters[0] == 0) return error;
-  const int32_t blocks =
-      choose_blocks(params, num_splits, multiprocessors, solo.blocks > 0, max_clusters);
+  const int32_t blocks = choose_blocks(params, num_splits, solo.blocks > 0, max_clusters);
   plan->is_solo = blocks == 1;
   if (!plan->is_solo) plan->cluster = plan_cluster(params, plan->entries, blocks);
   plan->can_run =

@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kSoloThreads<T, kDim, kHeadTiles>, num_blocks(
                     threadIdx.x, kThreads);
   __syncthreads();
   if (threadIdx.x / 32 == Shared::kConsumers) {
-    produce<1>(params, maps, item, shared.stages, 0, 0, 1, [&] { return shared.is_finished; });
+    produce(params, maps, item, shared.stages, 1, 0, 0, 1, [&] { return shared.is_finished; });
     return;
   }
   if (threadIdx.x == 0) {

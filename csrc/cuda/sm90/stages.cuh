@@ -90,10 +90,9 @@ class Producer {
              params_.value.head_stride == 0 ? 0 : item.kv_head, page, policy_);
   }
 
-  // Tells the consumers of every kProducers-th stage that nothing follows.
-  template <int kProducers>
-  __device__ void finish(int first_stage) {
-    for (int stage = first_stage; stage < kStages; stage += kProducers) {
+  // Tells the consumers of every `producers`-th stage that nothing follows.
+  __device__ void finish(int first_stage, int producers) {
+    for (int stage = first_stage; stage < kStages; stage += producers) {
       wait_for(stage);
       rounds_ ^= 1u << stage;
       if (threadIdx.x % 32 != 0) continue;
@@ -112,19 +111,18 @@ class Producer {
 
 // Fills the stages with steps first, first + stride, ... of an item, until it `is_finished()`. All
 // tiles of a step go through one stage; steps take the stages in turn. Several producers, of number
-// 0 and up, take the steps and with them the stages in turn.
-template <int kProducers, int kDim, int kStages, class IsFinished>
+// 0 and up, take the steps and with them the stages in turn: there are a multiple of stages.
+template <int kDim, int kStages, class IsFinished>
 __device__ void produce(const DecodeParams& params, const Maps& maps, const Item& shared_item,
-                        Stages<kDim, kStages>& stages, int number, int32_t first, int32_t stride,
-                        const IsFinished& is_finished) {
-  static_assert(kStages % kProducers == 0);
+                        Stages<kDim, kStages>& stages, int producers, int number, int32_t first,
+                        int32_t stride, const IsFinished& is_finished) {
   constexpr int kFound = 32 / kBoxes;  // tiles whose boxes the warp finds at once
   // It looks at most of the item again and again, and has the registers.
   const Item item = shared_item;
   const int32_t per_step = maps.tiles_per_step.divisor;
   const int lane = threadIdx.x % 32;
   first += number * stride;
-  stride *= kProducers;
+  stride *= producers;
   const auto find = [&](int32_t first_tile) {
     const int32_t tile = first_tile + lane / kBoxes, turn = maps.tiles_per_step.quotient(tile);
     return find_box(params, maps, item, first + turn * stride, tile - turn * per_step,
@@ -150,9 +148,9 @@ __device__ void produce(const DecodeParams& params, const Maps& maps, const Item
       ends = __any_sync(~0u, is_finished());
       if (!ends) producer.fill(stage, item, step, box);
     }
-    stage = stage + kProducers < kStages ? stage + kProducers : number;
+    stage = stage + producers < kStages ? stage + producers : number;
   }
-  producer.template finish<kProducers>(number);
+  producer.finish(number, producers);
 }
 
 // A consuming warp's view of its stages, of which every kWarps-th one is its own.
