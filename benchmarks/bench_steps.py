@@ -7,7 +7,9 @@ SmolLM2-135M-Instruct. The beginning of data/jargon_file.txt is prefilled once p
 for every implementation. Then they take turns with the same tokens, so that a change of the
 machine's speed hits all of them. `sdpa` is the unpatched model with a DynamicCache, `sdpa_static`
 with a StaticCache. The others are patched, with an ARTCache: `exact` reads all of it; `sink_recent`
-and `guided` read in these orders until the rule of the preset "balanced" stops.
+and `guided` read in these orders until the rule of the preset "balanced" stops. The attention part
+of a step is what its attention modules do besides their projections: rotating queries and keys,
+writing into the cache and attention itself.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ import art_torch
 from art_torch import PRESETS, ARTCache
 from art_torch.integrations.transformers import cache_argument
 
+sys.path.append(str(ROOT / "examples"))
+from decoding import share_weights
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 TEXT = Path(__file__).resolve().parent / "data" / "jargon_file.txt"
 RULES = {
@@ -43,24 +48,34 @@ RULES = {
 }
 
 
-def patched(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model of its own for each rule, with the same weights, and its handle."""
-    sys.path.append(str(ROOT / "examples"))
-    from decoding import share_weights
+class AttentionPart:
+    """Seconds that a model's attention modules take, those of their projections left out."""
 
-    models = {name: share_weights(model) for name in RULES}
-    handles = {
-        name: art_torch.patch(models[name], criterion, walk)
-        for name, (criterion, walk) in RULES.items()
-    }
-    return models, handles
+    def __init__(self, model: Any) -> None:
+        self.seconds = 0.0
+        for name, module in model.named_modules():
+            if name.endswith("self_attn"):
+                self._time(module, 1.0)
+                for projection in module.children():
+                    self._time(projection, -1.0)
+
+    def _time(self, module: Any, sign: float) -> None:
+        def started(*_: Any) -> None:
+            self.seconds -= sign * time.perf_counter()
+
+        def ended(*_: Any) -> None:
+            self.seconds += sign * time.perf_counter()
+
+        module.register_forward_pre_hook(started)
+        module.register_forward_hook(ended)
 
 
 def measure(
     model: Any, prompt: Tensor, following: Tensor, advance: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Rows without a case; ``prompt`` and ``following`` are int64 ``[1, n]``."""
-    models, handles = patched(model)
+    models = {name: share_weights(model) for name in ("sdpa", "sdpa_static", *RULES)}
+    handles = {name: art_torch.patch(models[name], *RULES[name]) for name in RULES}
     art = ARTCache(model.config)
     argument = cache_argument(model)
     models["exact"](prompt, logits_to_keep=1, **{argument: art})
@@ -72,23 +87,26 @@ def measure(
     for index, layer in enumerate(art.layers):
         for cache in caches.values():
             cache.update(*(tensor.clone() for tensor in layer.history()), index)
-    models |= dict.fromkeys(caches, model)
     caches |= {name: copy.deepcopy(art) for name in RULES}
+    parts = {name: AttentionPart(models[name]) for name in caches}
     advance("prefill")
     names: list[str] = list(caches)
     times: dict[str, list[float]] = {name: [] for name in names}
+    attention: dict[str, list[float]] = {name: [] for name in names}
     for step in range(following.shape[1]):
         token = following[:, step : step + 1]
         for name in names[step % len(names) :] + names[: step % len(names)]:
-            start = time.perf_counter()
+            parts[name].seconds, start = 0.0, time.perf_counter()
             models[name](token, logits_to_keep=1, **{argument: caches[name]})
             times[name].append(1e6 * (time.perf_counter() - start))
+            attention[name].append(1e6 * parts[name].seconds)
         advance("steps")
     rows = []
     for name, samples in times.items():
         later = samples[1:]  # the first one builds what it needs, codes for example
         read = handles[name].stats.read_fraction() if name in handles else 1.0
         row = {"us": median(later), "us_min": min(later), "us_max": max(later)}
+        row["attention_us"] = median(attention[name][1:])
         rounded = {key: round(value, 1) for key, value in row.items()}
         rows.append({"impl": name, **rounded, "read": round(read, 4)})
     for handle in handles.values():
@@ -100,10 +118,10 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="A decode step", box=SIMPLE)
     for title in ("case", "implementation"):
         table.add_column(title)
-    for title in ("KV read", "ms, median", "minimum"):
+    for title in ("KV read", "ms, median", "minimum", "attention"):
         table.add_column(title, justify="right")
     for row in rows:
-        times = (f"{row[key] / 1e3:.1f}" for key in ("us", "us_min"))
+        times = (f"{row[key] / 1e3:.1f}" for key in ("us", "us_min", "attention_us"))
         table.add_row(row["case"], row["impl"], f"{row['read']:.1%}", *times)
     console.print(table)
 

@@ -128,14 +128,17 @@ def steps_table(results: Results) -> str:
         "sdpa_static": "sdpa, `StaticCache`",
         "exact": "exact, `ARTCache`",
     }
-    header = ["case", "attention", "KV read", "ms", "of sdpa's"]
+    header = ["case", "attention", "KV read", "ms", "of sdpa's", "attention part", "of sdpa's"]
     rows = []
     for case, impls in by_case(results["rows"]).items():
         for name, row in impls.items():
             cells = [f"`{case}`", names.get(name, f"`{name}`, rule of `balanced`")]
-            cells += [f"{row['read']:.1%}", f"{row['us'] / 1e3:.1f}"]
-            rows.append([*cells, f"x {row['us'] / impls['sdpa']['us']:.2f}"])
-    head = f"{results['model']}; medians of steps that took turns"
+            cells.append(f"{row['read']:.1%}")
+            for key in ("us", "attention_us"):
+                cells.append(f"{row[key] / 1e3:.1f}")
+                cells.append(f"x {row[key] / impls['sdpa'][key]:.2f}")
+            rows.append(cells)
+    head = f"{results['model']}; medians of steps that took turns, in ms"
     return f"{head}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
 
 
