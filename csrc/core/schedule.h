@@ -85,19 +85,19 @@ ART_HD int32_t cuda_crew(int64_t num_items, int64_t resident_blocks, int64_t max
 // as many as let all clusters run at once. Large clusters fit the device badly, and those that wait
 // for a place take as long again (H200, which holds 66 of two, but 30 of four and 15 of eight; 32k
 // tokens of 8 heads of 128: 24 items take 157 us in twos and 105 in fours, 32 items 165 in twos and
-// 198 in fours). Small heads keep a lone thread block from reading fast enough, so that even those
-// pairs are worth it which run one after the other (96 items of 8k tokens, heads of 64: 66 us, and
-// 94 with a thread block per item). No more than a quarter of the steps there are to share, but
-// always pairs where these fit. `max_clusters`: clusters of 2, 4 and 8 that the device holds. 0:
-// one thread block per item is better.
-ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, int32_t head_dim,
-                                   const int32_t (&max_clusters)[3]) {
-  constexpr int32_t kSmallHead = 64;
+// 198 in fours). No more than a quarter of the steps there are to share, but always pairs where
+// these fit. Small heads keep a lone thread block from reading fast enough, so that pairs are worth
+// it even if half of them wait, unless the steps are few and may not all be read (96 items of heads
+// of 64, in pairs and alone: all of 8k tokens 66 and 94 us, a fifth of them 38 and 27, of 32k 69
+// and 82). `max_clusters`: clusters of 2, 4 and 8 that the device holds. 0: one thread block per
+// item is better.
+ART_HD int32_t cuda_cluster_blocks(int64_t num_items, int64_t max_steps, bool may_stop,
+                                   int32_t head_dim, const int32_t (&max_clusters)[3]) {
   for (int i = 2; i >= 0; --i) {
     const int32_t blocks = 2 << i;
-    if (i > 0 && 4 * blocks > max_steps) continue;
-    const int64_t waves = i == 0 && head_dim <= kSmallHead ? 2 : 1;
-    if (num_items <= waves * max_clusters[i]) return blocks;
+    const bool has_steps = i == 0 || 4 * blocks <= max_steps;
+    const bool may_wait = i == 0 && head_dim <= 64 && (!may_stop || max_steps >= 256);
+    if (has_steps && num_items <= (may_wait ? 2 : 1) * max_clusters[i]) return blocks;
   }
   return 0;
 }

@@ -78,8 +78,9 @@ void check_exchange() {
 
 void check_cluster_blocks() {
   const int32_t max_clusters[3] = {66, 30, 15};  // an H200
-  const auto blocks = [&](int64_t items, int64_t steps, int32_t head_dim = 128) {
-    return art::cuda_cluster_blocks(items, steps, head_dim, max_clusters);
+  const auto blocks = [&](int64_t items, int64_t steps, int32_t head_dim = 128,
+                          bool may_stop = true) {
+    return art::cuda_cluster_blocks(items, steps, may_stop, head_dim, max_clusters);
   };
   expect(blocks(15, 512) == 8, "15 items", blocks(15, 512), 8);
   expect(blocks(16, 512) == 4, "16 items", blocks(16, 512), 4);
@@ -89,6 +90,8 @@ void check_cluster_blocks() {
   expect(blocks(67, 512) == 0, "67 items", blocks(67, 512), 0);
   expect(blocks(132, 512, 64) == 2, "132 small items", blocks(132, 512, 64), 2);
   expect(blocks(133, 512, 64) == 0, "133 small items", blocks(133, 512, 64), 0);
+  expect(blocks(96, 130, 64) == 0, "that may stop soon", blocks(96, 130, 64), 0);
+  expect(blocks(96, 130, 64, false) == 2, "that may not", blocks(96, 130, 64, false), 2);
   expect(blocks(8, 16) == 4, "few steps", blocks(8, 16), 4);
   expect(blocks(1, 1) == 2, "one step", blocks(1, 1), 2);
 }

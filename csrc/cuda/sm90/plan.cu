@@ -78,8 +78,8 @@ int32_t choose_blocks(const DecodeParams& params, int64_t num_splits, bool has_s
       if ((2 << i) <= num_splits && max_clusters[i] > 0) blocks = 2 << i;
     }
   } else {
-    blocks =
-        cuda_cluster_blocks(num_items(params), max_steps(params), params.head_dim, max_clusters);
+    blocks = cuda_cluster_blocks(num_items(params), max_steps(params), may_stop(params),
+                                 params.head_dim, max_clusters);
     // Clusters of any size give the same bits, but not the ones of solo.
     if (blocks == 0) blocks = params.batch_invariant ? 2 : 1;
   }
