@@ -23,6 +23,8 @@ WALKS: dict[str, Maker | str] = {
     PACKAGE: PACKAGE,
     "codes2": guided("2 bits", coded(2, min_max())),
     "codes2_shrunk": guided("2 bits, shrunk", coded(2, min_max(0.8))),
+    "coarse4": walk_makers.coarse("a quarter", 1 / 4),
+    "coarse8": walk_makers.coarse("an eighth", 1 / 8),
     "codes4": guided("4 bits", coded(4, min_max())),
     "quest": walk_makers.quest(),
     "oracle": guided("exact", exact_keys),

@@ -154,6 +154,43 @@ def guided(
     return make
 
 
+def coarse(name: str, share: float, widths: float = 2.0) -> Maker:
+    """The guided walk with 2-bit codes of a ``share`` of the groups, chosen by grids alone.
+
+    A grid, a fifth of a group's record, says where its keys lie and how far they spread. A group is
+    as good as a token ``widths`` standard deviations above its middle would be, if codes were
+    equally likely. What is not chosen comes last.
+    """
+    levels = min_max()
+    fine = guided("2 bits", coded(2, levels))
+
+    def make(step: Step) -> Walk:
+        complete = step.present // GROUP * GROUP
+        slot = (name, step.layer, complete)
+        if slot not in step.memory:
+            low, high = levels(step.keys[:, :complete].unflatten(1, (-1, GROUP)))
+            step.memory[slot] = ((low + high) / 2)[:, :, 0], ((high - low) / 3)[:, :, 0]
+        middle, scale = step.memory[slot]
+        walk = fine(step)
+        assert walk.log_mass is not None
+        rows, heads, _, units = walk.log_mass.shape
+        query = step.query.view(rows, heads, -1, step.query.shape[-1]) * step.scale
+        query = query.permute(1, 0, 2, 3).flatten(1, 2)
+        variance = query.square() @ (1.25 * scale.square()).transpose(1, 2)
+        best = query @ middle.transpose(1, 2) + widths * variance.sqrt()
+        best = best.view(heads, rows, -1, complete // GROUP).permute(1, 0, 2, 3)
+        score = (best - best.logsumexp(-1, True)).amax(2)
+        keep = score.topk(max(1, round(share * score.shape[-1])), -1).indices
+        chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, keep, True)
+        chosen = chosen.repeat_interleave(GROUP // UNIT, -1)
+        chosen = torch.nn.functional.pad(chosen, (0, units - chosen.shape[-1]), value=True)
+        mass = walk.log_mass.masked_fill(~chosen[:, :, None], NEVER)
+        share_of_units = (mass - mass.logsumexp(-1, True)).amax(2)
+        return by_score(step, share_of_units, pinned_units(step, units))
+
+    return make
+
+
 def quest(name: str = "quest") -> Maker:
     """Upper bounds from the smallest and largest key per unit and channel (arXiv 2406.10774)."""
 
