@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -373,7 +373,8 @@ class PageTable:
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
-        clone = copy.copy(self)
+        clone = object.__new__(type(self))
+        vars(clone).update(vars(self))
         memo[id(self)] = clone
         copied = ("pages", "codes", "_lens", "_kept_from", "_real", "padded_tensor", "static_slots")
         for name in copied:
@@ -384,6 +385,15 @@ class PageTable:
         clone._changed()
         clone._publish()
         return clone
+
+    def __reduce__(self) -> NoReturn:
+        # Tensors that share memory with arrays would come back apart, and the whole reservation
+        # would be written.
+        raise TypeError(
+            "an ARTCache cannot be pickled or saved: its tensors are views of reserved memory. "
+            "copy.deepcopy(cache) copies it; to have it elsewhere, keep the token ids and run them "
+            "through the model again"
+        )
 
     # ---------------------------------------------------------------- lengths as tensors
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -182,3 +184,19 @@ def test_a_mask_must_cover_the_past(tiny):
         short = torch.tensor([[0, 1, 1]])
         with pytest.raises(ValueError, match="must cover the 20 tokens of the cache and the 3 new"):
             model(prompt(1, 3), attention_mask=short, past_key_values=cache)
+
+
+@pytest.mark.parametrize("max_length", [None, 80])
+def test_a_cache_is_not_pickled(tiny, max_length):
+    """Lengths of what comes back would stay as they were, and all reserved memory be written."""
+    model, ids = tiny("llama"), prompt(1, 20)
+    cache = art_torch.ARTCache(model.config, max_bytes=8 << 20, max_length=max_length)
+    with art_torch.patch(model, None):
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        for save in (pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())):
+            with pytest.raises(TypeError, match=r"cannot be pickled or saved: .* copy\.deepcopy"):
+                save(cache)
+        copied = copy.deepcopy(cache)
+        steps = [model(ids[:, 1:2], past_key_values=each).logits for each in (cache, copied)]
+    assert torch.equal(*steps)
