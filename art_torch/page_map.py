@@ -224,9 +224,14 @@ class PageMap(Generic[Storage]):
             self._claimed_bytes += num_bytes
 
     def give_up(self) -> None:
-        """Returns what was claimed of the memory limit: the map is used no more."""
+        """Returns what was claimed of the memory limit."""
         self.budget.used_bytes -= self._claimed_bytes
         self._claimed_pages = self._claimed_bytes = 0
+
+    def drop_storages(self) -> None:
+        """Forgets the pages of all layers, which add them anew; only while no row has any."""
+        self.give_up()
+        self.storages.clear()
 
     def _missing(self, count: int) -> int:
         """Pages to claim before ``count`` can be handed out."""

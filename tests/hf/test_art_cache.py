@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 import torch
-from test_exact import cache_of, generate, left_padded
-from tiny_models import LAYERS, prompt
+from test_exact import assert_same, cache_of, generate, left_padded
+from tiny_models import LAYERS, build, prompt
 from transformers import DynamicCache
 
 import art_torch
@@ -200,3 +200,30 @@ def test_a_cache_is_not_pickled(tiny, max_length):
         copied = copy.deepcopy(cache)
         steps = [model(ids[:, 1:2], past_key_values=each).logits for each in (cache, copied)]
     assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("walk", ["sink_recent", "guided"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_length": 130}, {"kv_dtype": torch.int8}], ids=["plain", "fixed", "int8"]
+)
+def test_a_model_of_another_dtype(name, walk, options):
+    """A cache that was reset takes it, and is then as a new one, also in what it claims."""
+    model, ids, half = build(name), prompt(2, 90), build(name).to(torch.bfloat16)
+    rule = art_torch.Stability(d_scale=0.3, d_direction=0.1, patience=1)
+    settings = {"walk": walk, "exact_where_faster": False, "block_size": 16}
+
+    def new():
+        return art_torch.ARTCache(model.config, max_bytes=64 << 20, **options)
+
+    cache = new()
+    with art_torch.patch(model, rule, **settings), art_torch.patch(half, rule, **settings):
+        generate(model, ids, cache)
+        refused = r"torch\.float32: expected the same, got torch\.bfloat16; .* or reset\(\)"
+        with pytest.raises(ValueError, match=refused):
+            half(ids[:, :1], past_key_values=cache)
+        for each in (half, model):
+            cache.reset()
+            fresh = new()
+            assert_same(generate(each, ids, cache), generate(each, ids, fresh))
+            assert cache.budget.used_bytes == fresh.budget.used_bytes

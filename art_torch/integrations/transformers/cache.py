@@ -296,7 +296,7 @@ class ARTCache(Cache):
             layer.pending = layer.lent = None
 
     def reset(self) -> None:
-        """Empties the cache; its memory is kept for the next sequences."""
+        """Empties the cache; its memory is kept for the next sequences, if of the same dtype."""
         self._edit()
         for layer in self._paged():
             layer.leave_evicted()

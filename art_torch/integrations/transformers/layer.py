@@ -166,13 +166,15 @@ class ARTLayer(CacheLayerMixin):
         Raises:
             CacheMemoryError: The memory limit does not allow it. Nothing is stored then.
             RuntimeError: The layers have seen different numbers of tokens.
-            ValueError: The tokens are on another device than the pages, or of other heads.
+            ValueError: The tokens are on another device than the pages, of other heads, or of
+                another dtype without autocast.
         """
         table = self.table
         if isinstance(table, EvictedTable):
             key, value = (new.flatten(0, 1).unsqueeze(1) for new in (key, value))
             real = None if real is None else real.repeat(table.num_kv_heads, axis=0)
         if table.static_len:
+            self._check_dtype(key)
             if key.shape[2] != 1:
                 raise RuntimeError(
                     f"a preallocated ARTCache takes one token per row, got {key.shape[2]} with a "
@@ -203,6 +205,7 @@ class ARTLayer(CacheLayerMixin):
 
     def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
         table, tokens = self.table, key.shape[2]
+        self._leave_unfit_pages(key)
         self._check_fits(key)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
@@ -218,6 +221,33 @@ class ARTLayer(CacheLayerMixin):
             )
         self.padded_len += tokens
         return step
+
+    def _leave_unfit_pages(self, key: Tensor) -> None:
+        """Empty pages of another dtype make way for new ones, of all layers of a table at once."""
+        if self.storage is None or self.padded_len:
+            return
+        table, pages = self.table, self.table.pages
+        if not table.padded_len and table.device == key.device and not self._fits_dtype(key):
+            pages.drop_storages()
+        if self.storage not in pages.storages:
+            self.storage, self.is_initialized = None, False
+
+    def _fits_dtype(self, key: Tensor) -> bool:
+        storage = self.storage
+        return (
+            storage is None
+            or key.dtype == storage.dtype
+            or torch.is_autocast_enabled(key.device.type)  # then they are converted
+        )
+
+    def _check_dtype(self, key: Tensor) -> None:
+        if not self._fits_dtype(key):
+            assert self.storage is not None
+            raise ValueError(
+                f"this ARTCache holds keys of {self.storage.dtype}: expected the same, got "
+                f"{key.dtype}; make a new ARTCache for a model of another dtype, or reset() this "
+                "one"
+            )
 
     def _check_fits(self, key: Tensor) -> None:
         table, storage = self.table, self.storage
@@ -236,6 +266,7 @@ class ARTLayer(CacheLayerMixin):
                 f"keys have {got[0]} of {got[1]}: it was used by another model; make one for each, "
                 "ARTCache(model.config)"
             )
+        self._check_dtype(key)
 
     def pages(self) -> dict[str, Tensor]:
         """Keys, values and where they are, as arguments of :func:`art_torch.decode_attention`."""
