@@ -344,10 +344,24 @@ def test_a_cache_of_a_model_with_other_layers(tiny):
         model(prompt(1, 20), past_key_values=art_torch.ARTCache(deeper.config))
 
 
+@pytest.mark.parametrize("change", [{"num_key_value_heads": 4}, {"head_dim": 64}])
+@pytest.mark.parametrize("tokens", [0, 20])
+def test_a_cache_of_a_model_with_other_heads(tiny, change, tokens):
+    model, other = tiny("llama"), wider(**change)
+    cache = art_torch.ARTCache(model.config)
+    with art_torch.patch(model, None), art_torch.patch(other, None):
+        if tokens:
+            model(prompt(1, tokens), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"made for another model, .* other .* KV heads"):
+            other(prompt(1, 1), past_key_values=cache)
+
+
 def test_a_cache_that_holds_keys_of_other_heads(tiny):
+    """As a rank of a tensor-parallel model and the whole one, which have the same config."""
     model = tiny("llama")
     cache = art_torch.ARTCache(model.config)
     other = wider(num_key_value_heads=4)
+    other.config.num_key_value_heads = 2
     with art_torch.patch(model, None), art_torch.patch(other, None):
         model(prompt(1, 20), past_key_values=cache)
         with pytest.raises(

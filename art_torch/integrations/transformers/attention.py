@@ -69,7 +69,7 @@ class LayerSettings:
         measure_mass: Whether the softmax mass that each call reads is measured.
         least_guided_bytes: Keys and values below which a layer is not guided.
         dense_every: A step is exact when it makes the tokens of a row a multiple of this.
-        windows: Of all layers, as in an ``ARTCache`` of the model; None if it can have none.
+        shape: What an ``ARTCache`` of the model is made for; None if it can have none.
         single_pages: int32 ``[batch, 1]``, the page table of a dense cache.
         press_hook: What serves the presses of kvpress, from the first one on.
     """
@@ -84,7 +84,7 @@ class LayerSettings:
     measure_mass: bool = False
     least_guided_bytes: int = 0
     dense_every: int | None = None
-    windows: tuple[Any, ...] | None = None
+    shape: tuple[Any, ...] | None = None
     single_pages: Tensor | None = None
     press_hook: RemovableHandle | None = None
 
@@ -179,9 +179,10 @@ def art_attention(
             "ARTCache works with a patched model only, and this model is not: use "
             "`with art_torch.patch(model, criterion):` (criterion=None is exact)"
         )
-    if layer.windows != settings.windows:
+    if layer.made_for != settings.shape:
         raise ValueError(
-            "this ARTCache was made for another model, whose layers have other windows: use "
+            "this ARTCache was made for another model, whose layers have other windows, KV heads "
+            f"or head sizes (expected {settings.shape}, got {layer.made_for}): use "
             "ARTCache(model.config)"
         )
     if settings.guided and not layer.is_sliding and layer.table.codes is None:

@@ -22,14 +22,14 @@ from art_torch.integrations.transformers.layer import ARTLayer
 from art_torch.integrations.transformers.new_keys import NOT_PATCHED
 from art_torch.page_storage import MemoryBudget, PageStorage
 
-__all__ = ["ARTCache", "layer_windows"]
+__all__ = ["ARTCache", "shape_of"]
 
 DEFAULT_PAGE_SIZE = 64
 
 # Stands for a layer that reads the keys of another one; 5.17 leaves such layers out instead.
 _DummyLayer: type | None = getattr(cache_utils, "DummyLayer", None)
 
-# Of layer_windows, for layers whose keys are not in pages.
+# Of _layer_windows, for layers whose keys are not in pages.
 _DUMMY, _LINEAR = "dummy", "linear"
 
 
@@ -90,7 +90,8 @@ class ARTCache(Cache):
             if limit is not None and limit <= 0:
                 raise ValueError(f"{name} must be positive, got {limit}")
         text_config = config.get_text_config(decoder=True)
-        windows = layer_windows(config)
+        shape = shape_of(config)
+        windows = shape[0]
         kinds = [window for window in windows if isinstance(window, int)]
         self.budget = MemoryBudget(max_bytes)
         self.tables = {
@@ -114,7 +115,7 @@ class ARTCache(Cache):
             if not isinstance(window, int):
                 layers.append(others[index])
                 continue
-            layers.append(ARTLayer(self.tables[window], window not in led, lends, windows, storage))
+            layers.append(ARTLayer(self.tables[window], window not in led, lends, shape, storage))
             led.add(window)
         super().__init__(layers=layers)
 
@@ -310,14 +311,27 @@ class ARTCache(Cache):
                 made.update(dict.fromkeys(made, False))
 
 
-def layer_windows(config: PreTrainedConfig) -> tuple[Any, ...]:
-    """Of each layer: the window, 0 for full attention, or a name for one without pages.
+def shape_of(config: PreTrainedConfig) -> tuple[Any, ...]:
+    """What a cache is made for: the window of each layer, and KV heads and head size.
+
+    The window is 0 for full attention, and a name for a layer without pages. Where layers differ in
+    heads, there are heads and sizes of each. These are compared only, with those of another config:
+    a rank of a tensor-parallel model has fewer heads.
 
     Raises:
         ValueError: An ``ARTCache`` cannot hold the keys of such a model.
     """
     config = config.get_text_config(decoder=True)
     per_layer = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+    heads = []
+    for part in per_layer:
+        queries, keys, hidden, dim = (getattr(part, name, None) for name in names)
+        heads.append((keys or queries, dim or (hidden, queries)))
+    return _layer_windows(config, per_layer), tuple(heads)
+
+
+def _layer_windows(config: PreTrainedConfig, per_layer: Any) -> tuple[Any, ...]:
     if any(getattr(part, "attention_chunk_size", None) is not None for part in per_layer):
         raise ValueError(
             f"{config.model_type}: chunked attention is not supported by ARTCache; use a "

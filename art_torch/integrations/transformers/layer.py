@@ -60,7 +60,7 @@ class ARTLayer(CacheLayerMixin):
         table: Shared by all layers with the same window.
         leads: Whether this is the first layer of its table in a forward pass.
         lends: Whether other layers may read the keys of this one.
-        windows: Of all layers of the model that the cache was made for.
+        made_for: Windows and heads of the model that the cache was made for.
         storage_type: Of its pages.
     """
 
@@ -71,12 +71,12 @@ class ARTLayer(CacheLayerMixin):
         table: PageTable,
         leads: bool,
         lends: bool,
-        windows: tuple[Any, ...],
+        made_for: tuple[Any, ...],
         storage_type: type[PageStorage] = PageStorage,
     ) -> None:
         super().__init__()
-        self.table, self.leads, self.lends, self.windows = table, leads, lends, windows
-        self.storage_type = storage_type
+        self.table, self.leads, self.lends = table, leads, lends
+        self.made_for, self.storage_type = made_for, storage_type
         self.lent: tuple[Tensor, Tensor] | None = None  # dense keys and values of the last pass
         self.storage: PageStorage | None = None
         self.codes: CodeStorage | None = None  # from the first pass on with codes in the table

@@ -23,7 +23,7 @@ from art_torch.integrations.transformers.attention import (
     art_attention,
     settings_of,
 )
-from art_torch.integrations.transformers.cache import layer_windows
+from art_torch.integrations.transformers.cache import shape_of
 from art_torch.integrations.transformers.masks import art_mask
 from art_torch.integrations.transformers.plan import least_guided_bytes
 from art_torch.ops import DecodeResult
@@ -201,7 +201,7 @@ def patch_model(
     unguided = dict(options, walk="sink_recent") if options["walk"] == "guided" else options
     exact = skipped | {layer for layer, other in overrides.items() if other is None}
     least_bytes = max(map(least_guided_bytes, devices)) if exact_where_faster else 0
-    stats, noted, windows = ReadStats(), set[str](), _windows_of(model)
+    stats, noted, shape = ReadStats(), set[str](), _shape_of(model)
     settings = {}
     for module in modules:
         layer = _layer_index(module)
@@ -216,7 +216,7 @@ def patch_model(
             measure_mass=measure_mass,
             least_guided_bytes=least_bytes,
             dense_every=dense_every,
-            windows=windows,
+            shape=shape,
         )
     AttentionInterface.register("art", art_attention)
     AttentionMaskInterface.register("art", art_mask)
@@ -246,9 +246,9 @@ def _devices_of(model: PreTrainedModel) -> set[torch.device]:
     return devices
 
 
-def _windows_of(model: PreTrainedModel) -> tuple[Any, ...] | None:
+def _shape_of(model: PreTrainedModel) -> tuple[Any, ...] | None:
     try:
-        return layer_windows(model.config)
+        return shape_of(model.config)
     except ValueError:  # the cache says why when somebody makes one
         return None
 
