@@ -119,5 +119,6 @@ class EvictedTable(PageTable):
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "preallocate() does not work on a cache that a press has compressed: decode without it"
+            "preallocate() does not work on a cache that a press has compressed: decode by "
+            "generate(), without it"
         )

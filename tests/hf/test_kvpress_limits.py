@@ -272,6 +272,19 @@ def test_preallocation(llama):
             cache.preallocate(400)
 
 
+def test_a_cache_with_a_max_length(llama):
+    """Refused before anything is compressed, and a prompt without presses is welcome."""
+    ids, cache = prompt(1, PROMPT), art_torch.ARTCache(llama.config, max_length=400)
+    expected = generate(llama, ids)
+    with art_torch.patch(llama, None):
+        refused = pytest.raises(NotImplementedError, match="make the cache without max_length")
+        with press_of("knorm")(llama), refused:
+            llama(ids, past_key_values=cache)
+        assert not any(layer.is_evicted for layer in cache.layers)
+        cache.reset()
+        assert_same(generate(llama, ids, cache), expected)
+
+
 def test_versions(llama, monkeypatch):
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel"):
         compatible("llama").__enter__()

@@ -156,7 +156,8 @@ def serve_presses(
 
     Raises:
         RuntimeError: The pass has no cache.
-        NotImplementedError: A press does more than to compress the prompt, or the cache is static.
+        NotImplementedError: A press does more than to compress the prompt, or the cache is static
+            or has a ``max_length``.
     """
     hooks = _hooks_of(module)
     if not hooks:
@@ -179,6 +180,11 @@ def serve_presses(
     for hook in hooks:
         _check_supported(hook)
     if layer.prompt is not None:
+        if cache.max_length is not None:
+            raise NotImplementedError(
+                "an ARTCache with max_length is preallocated, and presses cannot compress one: "
+                "make the cache without max_length"
+            )
         layer.evict(*_run(hooks, module, args, kwargs, output, layer.prompt))
     # Not the positions of a prompt, whatever this pass was: presses have nothing left to do.
     end = layer.get_seq_length()
