@@ -409,7 +409,7 @@ class PageTable:
         if length < lens.max():
             raise ValueError(
                 f"preallocate needs at least the {lens.max()} tokens that are in the cache, got "
-                f"{length}"
+                f"{length}: pass a larger max_length"
             )
         page, end = self.page_size, np.full(self.batch, length)
         drop = None if self.record_past else self._invisible(lens) // page
@@ -496,7 +496,8 @@ class PageTable:
         # Entries behind those pages may be any.
         torch._assert_async(
             (position < self.static_len).all(),
-            f"a row of this ARTCache has no room left: it was preallocated for {self.static_len}",
+            f"a row of this ARTCache has no room left: it was preallocated for {self.static_len}; "
+            "pass a larger max_length",
         )
         entry = torch.div(position, self.page_size, rounding_mode="floor")
         page = self.block_table.gather(1, entry[:, None])[:, 0].to(torch.int64)

@@ -17,6 +17,7 @@ from art_torch.integrations.transformers.patching import attention_modules, base
 __all__ = ["GraphedDecoder", "cache_argument"]
 
 _WARM_UP_STEPS = 3  # as torch.cuda.graph asks for
+_LARGER = "make a GraphedDecoder with a larger max_length"
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -156,13 +157,14 @@ class GraphedDecoder:
         longest = int(lengths.max())
         if longest > self.max_length:
             raise ValueError(
-                f"the prompt has {longest} tokens, more than max_length {self.max_length}"
+                f"the prompt has {longest} tokens, more than max_length {self.max_length}: "
+                f"{_LARGER}"
             )
         # The last token is not fed any more.
         if longest + new_tokens - 1 > self.max_length:
             raise ValueError(
                 f"{longest} tokens of the prompt and {new_tokens} new ones do not fit into "
-                f"max_length {self.max_length}"
+                f"max_length {self.max_length}: {_LARGER}"
             )
         if self._records:
             self._check_recordable()
@@ -207,7 +209,7 @@ class GraphedDecoder:
         if tokens.shape != self._token.shape[:1]:
             raise ValueError(f"tokens must be [{len(self._token)}], got {list(tokens.shape)}")
         if self._longest + self._steps >= self.max_length:
-            raise ValueError(f"a row has reached max_length {self.max_length}")
+            raise ValueError(f"a row has reached max_length {self.max_length}: {_LARGER}")
         self._token.copy_(tokens[:, None])
         logits = self._run()
         self._position.add_(1)
