@@ -466,8 +466,8 @@ class PageTable:
             mask: bool ``[batch, tokens]``, False for a pad, the new token included.
 
         Raises:
-            ValueError: It hides other tokens than the pads, which were not stored, or shows more
-                than there is room for.
+            ValueError: It hides other tokens than the pads, which were not stored, does not cover
+                the new token, or shows more than there is room for.
         """
         tokens, real = mask.shape[1], self._real
         known = 0 if real is None else real.shape[1]
@@ -480,6 +480,12 @@ class PageTable:
         if self._mask_checked and mask.device.type != "cpu":
             return
         self._mask_checked = True
+        assert self.padded_tensor is not None
+        if tokens <= (start := int(self.padded_tensor)):
+            raise ValueError(
+                f"attention_mask must cover the {start} tokens of the cache and the new one, got "
+                f"{tokens} columns"
+            )
         seen = mask.cpu().numpy()
         agrees = real is None or np.array_equal(seen[:, :known], real)
         if not agrees or not seen[:, known:].all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -176,14 +177,35 @@ def test_another_batch_needs_a_reset(tiny):
             model(prompt(3, 1), past_key_values=cache)
 
 
-def test_a_mask_must_cover_the_past(tiny):
-    model = tiny("llama")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("columns", [3, 20])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_must_cover_the_past(tiny, name, tokens, columns, padded):
+    model = tiny(name)
     cache = art_torch.ARTCache(model.config)
     with art_torch.patch(model, None):
         model(prompt(1, 20), past_key_values=cache)
-        short = torch.tensor([[0, 1, 1]])
-        with pytest.raises(ValueError, match="must cover the 20 tokens of the cache and the 3 new"):
-            model(prompt(1, 3), attention_mask=short, past_key_values=cache)
+        short = torch.ones(1, columns, dtype=torch.long)
+        short[0, 0] = 0 if padded else 1
+        refused = f"cover the 20 tokens of the cache and the {tokens} new ones, got {columns} col"
+        with pytest.raises(ValueError, match=refused):
+            model(prompt(1, tokens), attention_mask=short, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("columns", [3, 20])
+def test_a_short_mask_on_another_cache(tiny, name, columns):
+    """transformers hides the tokens behind its end."""
+    model, logits = tiny(name), []
+    inputs = {"attention_mask": torch.ones(1, columns, dtype=torch.long)}
+    inputs["position_ids"] = torch.tensor([[20]])
+    for patched in (False, True):
+        cache = DynamicCache(config=model.config)
+        model(prompt(1, 20), past_key_values=cache)
+        with art_torch.patch(model, None) if patched else nullcontext():
+            logits.append(model(prompt(1, 1), past_key_values=cache, **inputs).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("max_length", [None, 80])

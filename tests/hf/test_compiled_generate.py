@@ -195,6 +195,8 @@ def test_a_mask_that_hides_tokens():
         mask[0, 5] = 0
         with pytest.raises(ValueError, match="this attention mask hides some of them"):
             model(ids[:, :1], past_key_values=cache, attention_mask=mask)
+        with pytest.raises(ValueError, match="cover the 61 tokens of the cache and the new one"):
+            model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones_like(mask[:, :61]))
 
 
 def test_steps_that_are_exact_attention():

@@ -183,12 +183,12 @@ def art_mask(
         return mask
     is_causal, window = (False, None) if use_vmap else _causal_window(mask_function)
     padding = None if attention_mask is None else attention_mask.cpu().numpy()
-    if padding is not None and padding.all():
+    start = int(q_offset)  # a tensor after generate() has cropped a cache by one
+    if padding is not None and padding.shape[1] >= start + q_length and padding.all():
         padding = None  # there is a mask for another reason: a window, a static cache
     # generate() calls contiguous() on it, and a copy would not carry the information.
     mask = mask.contiguous()
-    # Offsets are tensors after generate() has cropped a cache by one.
-    info = MaskInfo(is_causal, padding, int(q_offset), q_length, int(kv_offset), window)
+    info = MaskInfo(is_causal, padding, start, q_length, int(kv_offset), window)
     mask._art_info = info  # type: ignore[attr-defined]
     return mask
 
