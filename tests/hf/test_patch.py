@@ -275,6 +275,10 @@ REFUSED = {
         ),
         "LlamaAttention has head_dim 16, and art_torch needs a multiple of 8 from 32 to 256",
     ),
+    "float64": (
+        lambda: build("llama").double(),
+        "LlamaAttention is in float64, and art_torch needs float32, float16 or bfloat16",
+    ),
 }
 
 
@@ -331,6 +335,15 @@ def test_models_that_cannot_be_patched(name):
         ),
         ({"block_size": 40}, ValueError, "block_size must be a positive multiple of unit_size"),
         ({"num_pinned": -1}, ValueError, "num_pinned must not be negative, got -1"),
+        ({"num_pinned": 1.5}, TypeError, "num_pinned must be an int or None, got float"),
+        ({"unit_size": 8.0}, TypeError, "unit_size must be an int, got float"),
+        ({"block_size": 64.0}, TypeError, "block_size must be an int, got float"),
+        ({"skip_layers": 3}, TypeError, "skip_layers must be an iterable of layers, got int"),
+        (
+            {"per_layer": [None]},
+            TypeError,
+            "per_layer must be a mapping from layers to criteria, got list",
+        ),
     ],
 )
 def test_bad_arguments(tiny, arguments, error, message):

@@ -321,6 +321,11 @@ def _check_patchable(model: PreTrainedModel, modules: list[nn.Module]) -> None:
                     f"{name} cannot be patched: {type(module).__name__} has {label} {dim}, and "
                     "art_torch needs a multiple of 8 from 32 to 256"
                 )
+        if any(parameter.dtype == torch.float64 for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} cannot be patched: {type(module).__name__} is in float64, and art_torch "
+                "needs float32, float16 or bfloat16"
+            )
 
 
 def _head_dims(module: nn.Module) -> dict[str, int]:
