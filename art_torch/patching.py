@@ -46,8 +46,9 @@ def patch(
     """Lets a HuggingFace model stop reading its KV cache once the attention output has settled.
 
     Only decode steps change (one new token per sequence); prefill, speculative verification,
-    training and ``output_attentions`` use the model's own exact attention. Settings belong to this
-    model alone. Use it as a context manager, or keep the handle and call ``unpatch()``::
+    training, ``output_attentions`` and ``torch.autocast`` (where it gives query, key and value
+    different dtypes) use the model's own exact attention. Settings belong to this model alone. Use
+    it as a context manager, or keep the handle and call ``unpatch()``::
 
         cache = art_torch.ARTCache(model.config)
         with art_torch.patch(model, "balanced", walk="guided") as handle:

@@ -419,3 +419,29 @@ def test_autocast_runs_exact_attention(tiny):
             model(ids[:, :39], past_key_values=cache)
             got = model(ids[:, 39:], past_key_values=cache).logits
     assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("autocast", "Here query, key and value differ in dtype, as under torch.autocast"),
+        ("training", "Here the model is in training mode"),
+    ],
+)
+def test_a_preallocated_cache_says_what_it_does_not_take(what, reason):
+    model = build("llama").train(what == "training")
+    cache = art_torch.ARTCache(model.config, max_length=60)
+    with (
+        art_torch.patch(model, RULE),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "autocast"),
+        pytest.raises(RuntimeError, match=reason),
+    ):
+        generate(model, prompt(1, 40), cache, max_new_tokens=4)
+
+
+def test_a_graphed_decoder_says_that_it_takes_no_autocast(tiny):
+    model = tiny("llama")
+    with art_torch.patch(model, RULE), torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder = art_torch.GraphedDecoder(model, max_length=60)
+        with pytest.raises(RuntimeError, match=r"Here query, .* as under torch\.autocast"):
+            decoder.generate(prompt(1, 40), max_new_tokens=4)

@@ -194,7 +194,7 @@ def art_attention(
     elif reason is None and attention_mask is not None:
         reason = why_not_this_mask(attention_mask, layer)
     if reason is not None and layer.table.static_len:
-        raise RuntimeError(_ONLY_STEPS)
+        raise RuntimeError(_only_steps(reason))
     if reason is not None:
         _note(settings, reason)
         return exact_paged(module, settings, layer, query, new, attention_mask, own)
@@ -219,11 +219,15 @@ def _why_exact(
     ):
         return "gradients are enabled (use torch.no_grad())"
     if not query.dtype == key.dtype == value.dtype:
-        return "query, key and value differ in dtype"
+        return "query, key and value differ in dtype, as under torch.autocast"
     for name in _NOT_COVERED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             return f"the model passes {name}"
     return None
+
+
+def _only_steps(reason: str | None) -> str:
+    return f"{_ONLY_STEPS}. Here {reason}" if reason else _ONLY_STEPS
 
 
 def _note(settings: LayerSettings | None, reason: str | None) -> None:
@@ -251,7 +255,7 @@ def _check_compilable(
             "compile them (ARTCache(config, max_length=...), disable_compile=False)"
         )
     if reason is not None or mask is not None:
-        raise RuntimeError(_ONLY_STEPS)
+        raise RuntimeError(_only_steps(reason))
 
 
 # ---------------------------------------------------------------- decode steps
