@@ -55,6 +55,9 @@ def patch(
             model.generate(**inputs, past_key_values=cache)
         handle.stats.summary()
 
+    Meanwhile the model can neither be copied nor pickled, and ``save_pretrained`` also saves the
+    ``disable_compile=True`` that keeps ``generate`` from compiling steps of other caches.
+
     An :class:`~art_torch.ARTCache` is fastest; the guided walk needs one, the others work with any
     cache. All of them work in continuous batching (``docs/continuous_batching.md``).
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,13 @@ class LayerSettings:
     def guided(self) -> bool:
         """Whether the layer asks for the guided walk."""
         return bool(self.options["walk"] == "guided")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # The copy would be patched for good, for nobody has a handle of it.
+        raise TypeError(
+            "a patched model can neither be copied nor pickled: unpatch() it first; to patch two "
+            "models with the same weights, copy and then patch"
+        )
 
     def is_dense_step(self, tokens: int) -> bool:
         """Whether the step that brings a row to so many tokens, pads included, reads everything."""
