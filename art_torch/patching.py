@@ -46,13 +46,17 @@ def patch(
     """Lets a HuggingFace model stop reading its KV cache once the attention output has settled.
 
     Only decode steps change (one new token per sequence); prefill, speculative verification,
-    training and ``output_attentions`` use the model's own exact attention. Settings belong to this
-    model alone. Use it as a context manager, or keep the handle and call ``unpatch()``::
+    training, ``output_attentions`` and ``torch.autocast`` (where it gives query, key and value
+    different dtypes) use the model's own exact attention. Settings belong to this model alone. Use
+    it as a context manager, or keep the handle and call ``unpatch()``::
 
         cache = art_torch.ARTCache(model.config)
         with art_torch.patch(model, "balanced", walk="guided") as handle:
             model.generate(**inputs, past_key_values=cache)
         handle.stats.summary()
+
+    Meanwhile the model can neither be copied nor pickled, and ``save_pretrained`` also saves the
+    ``disable_compile=True`` that keeps ``generate`` from compiling steps of other caches.
 
     An :class:`~art_torch.ARTCache` is fastest; the guided walk needs one, the others work with any
     cache. All of them work in continuous batching (``docs/continuous_batching.md``).
@@ -105,27 +109,24 @@ def patch(
     """
     if walk not in WALKS:
         raise ValueError(f"walk must be one of {', '.join(WALKS)}, got {walk!r}")
+    if not isinstance(skip_layers, Iterable):
+        raise TypeError(
+            f"skip_layers must be an iterable of layers, got {type(skip_layers).__name__}"
+        )
+    if per_layer is not None and not isinstance(per_layer, Mapping):
+        raise TypeError(
+            f"per_layer must be a mapping from layers to criteria, got {type(per_layer).__name__}"
+        )
     rule = _criterion_for(walk, "criterion", criterion)
     others = {
         layer: _criterion_for(walk, f"per_layer[{layer}]", other)
         for layer, other in (per_layer or {}).items()
     }
-    if unit_size < 1 or block_size < unit_size or block_size % unit_size:
-        raise ValueError(
-            f"block_size must be a positive multiple of unit_size, got {block_size} and {unit_size}"
-        )
+    _check_sizes(walk, block_size, unit_size, num_pinned)
     if dense_every is not None:
-        _check_dense_every(dense_every)
-    if num_pinned is not None and num_pinned < 0:
-        raise ValueError(f"num_pinned must not be negative, got {num_pinned}")
-
-    if walk == "guided" and num_pinned is not None:
-        raise ValueError(
-            f'num_pinned must not be given with walk="guided", which brings its own, '
-            f"got {num_pinned}"
-        )
-    if walk == "guided" and unit_size != UNIT_TOKENS:
-        raise ValueError(f'unit_size must be {UNIT_TOKENS} with walk="guided", got {unit_size}')
+        _check_int("dense_every", dense_every, "an int or None")
+        if dense_every < 1:
+            raise ValueError(f"dense_every must be at least 1, got {dense_every}")
 
     from art_torch.integrations.transformers import patch_model
 
@@ -148,11 +149,29 @@ def patch(
     return handle
 
 
-def _check_dense_every(value: int) -> None:
+def _check_int(name: str, value: object, expected: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"dense_every must be an int or None, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"dense_every must be at least 1, got {value}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def _check_sizes(walk: str, block_size: int, unit_size: int, num_pinned: int | None) -> None:
+    _check_int("block_size", block_size, "an int")
+    _check_int("unit_size", unit_size, "an int")
+    if unit_size < 1 or block_size < unit_size or block_size % unit_size:
+        raise ValueError(
+            f"block_size must be a positive multiple of unit_size, got {block_size} and {unit_size}"
+        )
+    if num_pinned is not None:
+        _check_int("num_pinned", num_pinned, "an int or None")
+        if num_pinned < 0:
+            raise ValueError(f"num_pinned must not be negative, got {num_pinned}")
+    if walk == "guided" and num_pinned is not None:
+        raise ValueError(
+            f'num_pinned must not be given with walk="guided", which brings its own, '
+            f"got {num_pinned}"
+        )
+    if walk == "guided" and unit_size != UNIT_TOKENS:
+        raise ValueError(f'unit_size must be {UNIT_TOKENS} with walk="guided", got {unit_size}')
 
 
 def _criterion_for(walk: str, name: str, value: Criterion | str | None) -> Criterion | None:

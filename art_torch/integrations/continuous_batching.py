@@ -95,13 +95,18 @@ class ContinuousBatching:
             module.config = copies[id(own)]
         self._codes: WeakKeyDictionary[PagedAttentionCache, PagedCodes] = WeakKeyDictionary()
         self._hook = handle.model.register_forward_pre_hook(self._begin_step, with_kwargs=True)
+        handle.before_unpatch.append(self.disable)
         self.active = True
 
     def disable(self) -> None:
-        """Restores what the patch had set up; a second call does nothing."""
+        """Restores what the patch had set up; a second call does nothing.
+
+        Unpatching the model does it as well.
+        """
         if not self.active:
             return
         self.active = False
+        self.handle.before_unpatch.remove(self.disable)
         try:
             # A manager that is kept has tokens of ART in its cache, and it may be in CUDA graphs.
             self.handle.model.destroy_cached_continuous_batching_manager()
@@ -110,8 +115,7 @@ class ContinuousBatching:
             for module in self._modules:
                 module.config = module._art_own_config
                 del module._art_own_config
-            if self.handle.active:
-                self.handle.take_configs(self._configs)
+            self.handle.take_configs(self._configs)
 
     @torch.compiler.disable
     def _begin_step(

@@ -379,6 +379,27 @@ def test_other_caches_are_refused(tiny):
         model(prompt(1, 20), use_cache=False)
 
 
+@pytest.mark.parametrize("what", ["assistant_model", "assistant_early_exit", "guidance_scale"])
+def test_caches_that_transformers_makes_itself(what):
+    """Nobody can pass an ARTCache there; another walk takes what there is."""
+    model, ids = build("llama"), prompt(1, 60)
+    options = {
+        "assistant_model": {"assistant_model": build("llama")},
+        "assistant_early_exit": {"assistant_early_exit": 2},
+        "guidance_scale": {"guidance_scale": 1.5},
+    }[what]
+    patched = options.get("assistant_model", model)
+
+    def run():
+        cache = None if patched is not model else art_torch.ARTCache(model.config)
+        return generate(model, ids, cache, max_new_tokens=20, **options).sequences
+
+    with art_torch.patch(patched, None):
+        run()
+    with guided(patched, RULE), pytest.raises(RuntimeError, match="only another walk will do"):
+        run()
+
+
 def test_a_model_that_is_not_on_the_cpu():
     model = build("llama").to("meta")
     with pytest.raises(NotImplementedError, match="runs on CPUs and NVIDIA GPUs, got meta"):

@@ -275,6 +275,10 @@ REFUSED = {
         ),
         "LlamaAttention has head_dim 16, and art_torch needs a multiple of 8 from 32 to 256",
     ),
+    "float64": (
+        lambda: build("llama").double(),
+        "LlamaAttention is in float64, and art_torch needs float32, float16 or bfloat16",
+    ),
 }
 
 
@@ -331,6 +335,15 @@ def test_models_that_cannot_be_patched(name):
         ),
         ({"block_size": 40}, ValueError, "block_size must be a positive multiple of unit_size"),
         ({"num_pinned": -1}, ValueError, "num_pinned must not be negative, got -1"),
+        ({"num_pinned": 1.5}, TypeError, "num_pinned must be an int or None, got float"),
+        ({"unit_size": 8.0}, TypeError, "unit_size must be an int, got float"),
+        ({"block_size": 64.0}, TypeError, "block_size must be an int, got float"),
+        ({"skip_layers": 3}, TypeError, "skip_layers must be an iterable of layers, got int"),
+        (
+            {"per_layer": [None]},
+            TypeError,
+            "per_layer must be a mapping from layers to criteria, got list",
+        ),
     ],
 )
 def test_bad_arguments(tiny, arguments, error, message):
@@ -406,3 +419,29 @@ def test_autocast_runs_exact_attention(tiny):
             model(ids[:, :39], past_key_values=cache)
             got = model(ids[:, 39:], past_key_values=cache).logits
     assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("autocast", "Here query, key and value differ in dtype, as under torch.autocast"),
+        ("training", "Here the model is in training mode"),
+    ],
+)
+def test_a_preallocated_cache_says_what_it_does_not_take(what, reason):
+    model = build("llama").train(what == "training")
+    cache = art_torch.ARTCache(model.config, max_length=60)
+    with (
+        art_torch.patch(model, RULE),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "autocast"),
+        pytest.raises(RuntimeError, match=reason),
+    ):
+        generate(model, prompt(1, 40), cache, max_new_tokens=4)
+
+
+def test_a_graphed_decoder_says_that_it_takes_no_autocast(tiny):
+    model = tiny("llama")
+    with art_torch.patch(model, RULE), torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder = art_torch.GraphedDecoder(model, max_length=60)
+        with pytest.raises(RuntimeError, match=r"Here query, .* as under torch\.autocast"):
+            decoder.generate(prompt(1, 40), max_new_tokens=4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,13 @@ class LayerSettings:
     def guided(self) -> bool:
         """Whether the layer asks for the guided walk."""
         return bool(self.options["walk"] == "guided")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # The copy would be patched for good, for nobody has a handle of it.
+        raise TypeError(
+            "a patched model can neither be copied nor pickled: unpatch() it first; to patch two "
+            "models with the same weights, copy and then patch"
+        )
 
     def is_dense_step(self, tokens: int) -> bool:
         """Whether the step that brings a row to so many tokens, pads included, reads everything."""
@@ -195,7 +202,7 @@ def art_attention(
     elif reason is None and attention_mask is not None:
         reason = why_not_this_mask(attention_mask, layer)
     if reason is not None and layer.table.static_len:
-        raise RuntimeError(_ONLY_STEPS)
+        raise RuntimeError(_only_steps(reason))
     if reason is not None:
         _note(settings, reason)
         return exact_paged(module, settings, layer, query, new, attention_mask, own)
@@ -220,11 +227,15 @@ def _why_exact(
     ):
         return "gradients are enabled (use torch.no_grad())"
     if not query.dtype == key.dtype == value.dtype:
-        return "query, key and value differ in dtype"
+        return "query, key and value differ in dtype, as under torch.autocast"
     for name in _NOT_COVERED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             return f"the model passes {name}"
     return None
+
+
+def _only_steps(reason: str | None) -> str:
+    return f"{_ONLY_STEPS}. Here {reason}" if reason else _ONLY_STEPS
 
 
 def _note(settings: LayerSettings | None, reason: str | None) -> None:
@@ -252,7 +263,7 @@ def _check_compilable(
             "compile them (ARTCache(config, max_length=...), disable_compile=False)"
         )
     if reason is not None or mask is not None:
-        raise RuntimeError(_ONLY_STEPS)
+        raise RuntimeError(_only_steps(reason))
 
 
 # ---------------------------------------------------------------- decode steps

@@ -55,19 +55,26 @@ class PatchHandle:
         for module, layer in settings.items():
             module._art_settings = layer  # type: ignore[assignment]
         for config in self._configs:
-            _SwitchedConfig.acquire(config)
-        # On a GPU generate() compiles the decode step of a static cache by itself, and a compiled
-        # step on a cache that is not ours has to be exact attention.
+            _ATTENTION.acquire(config)
         self._generation = getattr(model, "generation_config", None)
         if self._generation is not None:
-            self._disable_compile = self._generation.disable_compile
-            self._generation.disable_compile = True
+            _COMPILING.acquire(self._generation)
+        # What has to end before the model is restored.
+        self.before_unpatch: list[Callable[[], None]] = []
         self.active = True
+        self._entered = False
 
     def unpatch(self) -> None:
         """Restores the model's own attention; a second call does nothing."""
         if not self.active:
             return
+        try:
+            for end in [*self.before_unpatch]:
+                end()
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
         self.active = False
         for module in self._modules:
             settings = settings_of(module)
@@ -75,9 +82,9 @@ class PatchHandle:
                 settings.press_hook.remove()
             del module._art_settings
         for config in self._configs:
-            _SwitchedConfig.release(config)
+            _ATTENTION.release(config)
         if self._generation is not None:
-            self._generation.disable_compile = self._disable_compile
+            _COMPILING.release(self._generation)
 
     def gather_stats(self, group: ProcessGroup | None = None) -> ReadStats:
         """Statistics of all KV heads of a tensor-parallel model, of which a rank has some.
@@ -109,16 +116,24 @@ class PatchHandle:
         """Gives the model its configs back, as they were, until :meth:`take_configs`."""
         configs, self._configs = self._configs, []
         for config in configs:
-            _SwitchedConfig.release(config)
+            _ATTENTION.release(config)
         return configs
 
     def take_configs(self, configs: list[PreTrainedConfig]) -> None:
         """Switches configs again that :meth:`return_configs` returned."""
         self._configs = configs
         for config in configs:
-            _SwitchedConfig.acquire(config)
+            _ATTENTION.acquire(config)
 
     def __enter__(self) -> PatchHandle:
+        if not self.active:
+            raise RuntimeError(
+                f"this {type(self.model).__name__} is not patched any more: call art_torch.patch "
+                "again"
+            )
+        if self._entered:
+            raise RuntimeError("this handle is in a with block already, whose end would unpatch")
+        self._entered = True
         return self
 
     def __exit__(
@@ -130,42 +145,45 @@ class PatchHandle:
         self.unpatch()
 
 
-class _SwitchedConfig:
-    """A config that says "art", and by how many patched models it is used.
+class _Switch:
+    """An attribute of configs, set while they are used by any patched model.
 
-    Models may share a config object, and the last of them to be unpatched restores it.
+    Models may share a config object, and the last of them to be unpatched restores it: unless
+    somebody has set it meanwhile, who will want to keep that.
     """
 
-    by_id: dict[int, _SwitchedConfig] = {}  # noqa: RUF012
-    lock = threading.Lock()  # models of several threads may share a config
+    def __init__(self, attribute: str, value: Any) -> None:
+        self._attribute, self._value = attribute, value
+        # By id: the config, what it said before, and the number of models that use it.
+        self._switched: dict[int, tuple[Any, Any, int]] = {}
+        self._lock = threading.Lock()  # models of several threads may share a config
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
-        self.previous = config._attn_implementation
-        self.users = 0
+    def acquire(self, config: Any) -> None:
+        with self._lock:
+            new = (config, getattr(config, self._attribute), 0)
+            config, previous, users = self._switched.get(id(config), new)
+            self._switched[id(config)] = (config, previous, users + 1)
+            setattr(config, self._attribute, self._value)
 
-    @classmethod
-    def acquire(cls, config: PreTrainedConfig) -> None:
-        with cls.lock:
-            entry = cls.by_id.setdefault(id(config), cls(config))
-            entry.users += 1
-            # Not through the property: it would switch the encoders of a multimodal model as well.
-            config._attn_implementation_internal = "art"
+    def release(self, config: Any) -> None:
+        with self._lock:
+            config, previous, users = self._switched.pop(id(config))
+            if users > 1:
+                self._switched[id(config)] = (config, previous, users - 1)
+            elif getattr(config, self._attribute) == self._value:
+                setattr(config, self._attribute, previous)
 
-    @classmethod
-    def release(cls, config: PreTrainedConfig) -> None:
-        with cls.lock:
-            entry = cls.by_id[id(config)]
-            entry.users -= 1
-            if entry.users == 0:
-                del cls.by_id[id(config)]
-                config._attn_implementation_internal = entry.previous
+    def original(self, config: Any) -> Any:
+        """What the attribute is without any patch."""
+        entry = self._switched.get(id(config))
+        return getattr(config, self._attribute) if entry is None else entry[1]
 
-    @classmethod
-    def original(cls, config: PreTrainedConfig) -> str | None:
-        entry = cls.by_id.get(id(config))
-        previous: str | None = config._attn_implementation if entry is None else entry.previous
-        return previous
+
+# Not through the property: it would switch the encoders of a multimodal model as well.
+_ATTENTION = _Switch("_attn_implementation_internal", "art")
+# On a GPU generate() compiles the decode step of a static cache by itself, and a compiled step on a
+# cache that is not ours has to be exact attention.
+_COMPILING = _Switch("disable_compile", True)
 
 
 def patch_model(
@@ -291,7 +309,7 @@ def _configs_of(modules: list[nn.Module]) -> list[PreTrainedConfig]:
 
 
 def _uses_eager(model: PreTrainedModel, module: nn.Module) -> bool:
-    original = _SwitchedConfig.original(module.config)
+    original = _ATTENTION.original(module.config)
     return original == "eager" or (not model._supports_sdpa and original != "sdpa")
 
 
@@ -321,6 +339,11 @@ def _check_patchable(model: PreTrainedModel, modules: list[nn.Module]) -> None:
                     f"{name} cannot be patched: {type(module).__name__} has {label} {dim}, and "
                     "art_torch needs a multiple of 8 from 32 to 256"
                 )
+        if any(parameter.dtype == torch.float64 for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} cannot be patched: {type(module).__name__} is in float64, and art_torch "
+                "needs float32, float16 or bfloat16"
+            )
 
 
 def _head_dims(module: nn.Module) -> dict[str, int]:

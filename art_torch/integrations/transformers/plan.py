@@ -137,7 +137,9 @@ def plan_dense(settings: LayerSettings, tokens: int) -> dict[str, Any]:
         # Its keys are new tensors at every step: nothing tells whether codes still belong to them.
         raise RuntimeError(
             'walk="guided" needs the codes of an ARTCache: pass '
-            "past_key_values=art_torch.ARTCache(model.config), or choose another walk"
+            "past_key_values=art_torch.ARTCache(model.config), or choose another walk, which takes "
+            "any cache. Where transformers makes a cache of its own (an assistant model, "
+            "assistant_early_exit, guidance_scale), only another walk will do"
         )
     plan = dict(settings.options, criterion=settings.criterion)
     return plan | READ_ALL if settings.is_dense_step(tokens) else plan
