@@ -40,7 +40,8 @@ class ARTCache(Cache):
     tokens are never stored, and beams share their common pages until one of them writes. Layers
     with a sliding window hand back the pages that left it. Layers of linear attention keep their
     states as in any other cache. Of a prompt that a press of kvpress compresses, only what it keeps
-    is stored, head by head (``docs/kvpress.md``).
+    is stored, head by head (``docs/kvpress.md``). ``copy.deepcopy`` copies a cache; it cannot be
+    pickled or saved.
 
     Args:
         config: The model's config (``model.config``).
