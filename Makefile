@@ -64,6 +64,7 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 	$(PY) benchmarks/bench_guided_decode.py
 	$(PY) benchmarks/bench_memory.py
 	$(PY) benchmarks/bench_kvpress.py
+	$(PY) benchmarks/bench_presses.py
 	$(PY) benchmarks/bench_steps.py
 	$(PY) benchmarks/bench_walks.py
 	$(PY) benchmarks/make_tables.py

@@ -4,9 +4,9 @@
     python benchmarks/make_tables.py --check    # fails if README.md is not what the results say
 
 A section ``<!-- table:NAME -->`` to ``<!-- /table -->`` receives the table NAME: ``decode``,
-``guided``, ``guided_decode``, ``kvpress``, ``memory``, ``steps``, ``walks``, ``gpu`` or
-``gpu_steps``, of every device with a file ``results/NAME-<device>.json``. Only those of GPUs may
-have none, and an empty section. The table ``kvpress`` is in docs/kvpress.md (``--readme``).
+``guided``, ``guided_decode``, ``kvpress``, ``memory``, ``presses``, ``steps``, ``walks``, ``gpu``
+or ``gpu_steps``, of every device with a file ``results/NAME-<device>.json``. Only those of GPUs may
+have none, and an empty section. ``kvpress`` and ``presses`` are in docs/kvpress.md (``--readme``).
 """
 
 from __future__ import annotations
@@ -103,6 +103,23 @@ def kvpress_table(results: Results) -> str:
     head = f"{results['model']}; a prompt of {prompt} tokens, presses that keep 20 %"
     table = markdown(["press", "cache", *columns], rows, left=2)
     return f"{head}. {conditions(results)}.\n\n{table}"
+
+
+def presses_table(results: Results) -> str:
+    names = {
+        "press": "press alone, `DynamicCache`",
+        "exact": "exact, `ARTCache`",
+    }
+    header = ["press, keeps", "attention", "KV MiB", "read of it", "ms", "KL, press", "KL, full"]
+    rows = []
+    for row in results["rows"]:
+        cells = [f"{row['press']}, {row['keeps']:.0%}"]
+        cells += [names.get(row["impl"], f"`{row['impl']}`, rule of `balanced`")]
+        cells += [f"{row['kv_bytes'] / MIB:,.0f}", f"{row['read']:.1%}", f"{row['us'] / 1e3:.1f}"]
+        rows.append([*cells, divergence(row["kl_press"]), divergence(row["kl_full"])])
+    prompt = re.sub(r".*_S(\d+)_.*", r"\1", results["rows"][0]["case"])
+    head = f"{results['model']}; a prompt of {prompt} tokens, steps that took turns"
+    return f"{head}. {conditions(results)}.\n\n{markdown(header, rows, left=2)}"
 
 
 def memory_table(results: Results) -> str:
@@ -281,6 +298,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "guided_decode": guided_decode_table,
     "kvpress": kvpress_table,
     "memory": memory_table,
+    "presses": presses_table,
     "steps": steps_table,
     "walks": walks_table,
     "gpu": gpu_excerpt,

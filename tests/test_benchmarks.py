@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -163,6 +164,27 @@ def test_bench_steps_runs(make_tables, tmp_path):
     filled = make_tables.fill("<!-- table:steps -->\n<!-- /table -->\n", tmp_path)
     assert filled.count("| x 1.00 |") >= 2
     assert filled.count("| `guided`, rule of `balanced` |") == 2
+
+
+@pytest.mark.skipif(find_spec("kvpress") is None, reason="kvpress is not installed")
+def test_bench_presses_runs(make_tables, tmp_path):
+    output = tmp_path / "presses-a-cpu.json"
+    done = run_script("bench_presses.py", "--quick", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    names = ["press", "exact", "sink_recent", "guided"]
+    assert [row["impl"] for row in rows] == 7 * names
+    whole = rows[0]["kv_bytes"]
+    for row in rows:
+        if row["impl"] == "press":
+            assert row["kv_bytes"] == pytest.approx(row["keeps"] * whole, rel=0.05)
+        if row["impl"] in names[:2]:
+            assert row["read"] == 1.0
+            assert row["kl_press"] < 1e-9
+        if row["keeps"] < 1:
+            assert row["kl_full"] > 1e-6
+    filled = make_tables.fill("<!-- table:presses -->\n<!-- /table -->\n", tmp_path)
+    assert filled.count("| PyramidKV, 20% |") == 4
 
 
 def test_bench_guided_decode_runs(make_tables, tmp_path):
