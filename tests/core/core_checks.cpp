@@ -94,6 +94,13 @@ void check_cluster_blocks() {
   expect(blocks(96, 130, 64, false) == 2, "that may not", blocks(96, 130, 64, false), 2);
   expect(blocks(8, 16) == 4, "few steps", blocks(8, 16), 4);
   expect(blocks(1, 1) == 2, "one step", blocks(1, 1), 2);
+  const auto producers = [](int32_t most, int64_t steps, int32_t head_dim) {
+    return art::cuda_cluster_producers(most, steps, head_dim);
+  };
+  expect(producers(2, 32, 128) == 2, "32 steps", producers(2, 32, 128), 2);
+  expect(producers(2, 31, 128) == 1, "31 steps", producers(2, 31, 128), 1);
+  expect(producers(2, 1, 64) == 2, "small steps", producers(2, 1, 64), 2);
+  expect(producers(1, 99, 192) == 1, "only one", producers(1, 99, 192), 1);
 }
 
 void check_order_crews() {
