@@ -152,8 +152,7 @@ def _check_version(version: str) -> None:
 
 def _check_handle(handle: PatchHandle) -> None:
     name, model = type(handle.model).__name__, handle.model
-    if not handle.active:
-        raise RuntimeError(f"this {name} is not patched any more: call art_torch.patch again")
+    handle.check_active()
     if any(hasattr(module, "_art_own_config") for module in handle.modules):
         raise RuntimeError(f"continuous batching is enabled already for this {name}")
     if not hasattr(model, "generate_batch"):

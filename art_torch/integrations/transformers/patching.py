@@ -86,6 +86,14 @@ class PatchHandle:
         if self._generation is not None:
             _COMPILING.release(self._generation)
 
+    def check_active(self) -> None:
+        """Raises RuntimeError if the model is not patched any more."""
+        if not self.active:
+            raise RuntimeError(
+                f"this {type(self.model).__name__} is not patched any more: call art_torch.patch "
+                "again"
+            )
+
     def gather_stats(self, group: ProcessGroup | None = None) -> ReadStats:
         """Statistics of all KV heads of a tensor-parallel model, of which a rank has some.
 
@@ -126,11 +134,7 @@ class PatchHandle:
             _ATTENTION.acquire(config)
 
     def __enter__(self) -> PatchHandle:
-        if not self.active:
-            raise RuntimeError(
-                f"this {type(self.model).__name__} is not patched any more: call art_torch.patch "
-                "again"
-            )
+        self.check_active()
         if self._entered:
             raise RuntimeError("this handle is in a with block already, whose end would unpatch")
         self._entered = True
