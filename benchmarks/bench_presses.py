@@ -24,12 +24,20 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from bench_memory import MIB, kv_bytes_of
-from common import ROOT, describe_machine, load_smollm2, progress_bar, write_results
+from bench_steps import RULES, TEXT
+from common import (
+    ROOT,
+    Timings,
+    describe_machine,
+    load_smollm2,
+    progress_bar,
+    turned,
+    write_results,
+)
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -37,21 +45,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import art_torch
-from art_torch import PRESETS, ARTCache
+from art_torch import ARTCache
 from art_torch.integrations.kvpress import compatible
 from art_torch.integrations.transformers import cache_argument
 
 sys.path.append(str(ROOT / "examples"))
 from decoding import kl_divergence, share_weights
 
-TEXT = Path(__file__).resolve().parent / "data" / "jargon_file.txt"
 PRESSES = ("StreamingLLM", "SnapKV", "PyramidKV")
 CASES = [("none", 1.0), *((name, keeps) for name in PRESSES for keeps in (0.8, 0.2))]
-RULES = {
-    "exact": (None, "sink_recent"),
-    "sink_recent": (PRESETS["balanced"], "sink_recent"),
-    "guided": (PRESETS["balanced"], "guided"),
-}
 
 
 def press_on(model: Any, name: str, keeps: float) -> Any:
@@ -87,7 +89,7 @@ def measure(
     logits: dict[str, list[Tensor]] = {name: [] for name in names}
     for step in range(following.shape[1]):
         token, place = following[:, step : step + 1], torch.tensor([[start + step]])
-        for name in names[step % len(names) :] + names[: step % len(names)]:
+        for name in turned(names, step):
             begin = time.perf_counter()
             output = models[name](token, position_ids=place, **{argument: caches[name]})
             times[name].append(1e6 * (time.perf_counter() - begin))
@@ -113,13 +115,10 @@ def rows_of(
     times, logits = measure(models, caches, following, prompt.shape[1], advance)
     full += [] if full else logits["press"]
     rows = []
-    for impl, samples in times.items():
-        later = samples[1:]  # the first one builds what it needs, codes for example
-        cache, read = caches[impl], 1.0
-        if impl in handles:
-            read = handles[impl].stats.read_fraction()
-        row = {"us": median(later), "us_min": min(later), "us_max": max(later)}
-        rounded = {key: round(value, 1) for key, value in row.items()}
+    # The first step builds what it needs, codes for example.
+    timings = Timings({impl: samples[1:] for impl, samples in times.items()})
+    for impl, cache in caches.items():
+        read = handles[impl].stats.read_fraction() if impl in handles else 1.0
         rows.append(
             {
                 "press": name,
@@ -127,7 +126,7 @@ def rows_of(
                 "impl": impl,
                 "kv_bytes": kv_bytes_of(cache) if impl == "press" else cache.bytes_in_use,
                 "read": round(read, 4),
-                **rounded,
+                **timings.row(impl),
                 "kl_press": divergence(logits["press"], logits[impl]),
                 "kl_full": divergence(full, logits[impl]),
             }

@@ -25,7 +25,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import ROOT, describe_machine, load_smollm2, progress_bar, write_results
+from common import (
+    ROOT,
+    Timings,
+    describe_machine,
+    load_smollm2,
+    progress_bar,
+    turned,
+    write_results,
+)
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -95,20 +103,19 @@ def measure(
     attention: dict[str, list[float]] = {name: [] for name in names}
     for step in range(following.shape[1]):
         token = following[:, step : step + 1]
-        for name in names[step % len(names) :] + names[: step % len(names)]:
+        for name in turned(names, step):
             parts[name].seconds, start = 0.0, time.perf_counter()
             models[name](token, logits_to_keep=1, **{argument: caches[name]})
             times[name].append(1e6 * (time.perf_counter() - start))
             attention[name].append(1e6 * parts[name].seconds)
         advance("steps")
     rows = []
-    for name, samples in times.items():
-        later = samples[1:]  # the first one builds what it needs, codes for example
+    # The first step builds what it needs, codes for example.
+    timings = Timings({name: samples[1:] for name, samples in times.items()})
+    for name in names:
         read = handles[name].stats.read_fraction() if name in handles else 1.0
-        row = {"us": median(later), "us_min": min(later), "us_max": max(later)}
-        row["attention_us"] = median(attention[name][1:])
-        rounded = {key: round(value, 1) for key, value in row.items()}
-        rows.append({"impl": name, **rounded, "read": round(read, 4)})
+        row = {**timings.row(name), "attention_us": round(median(attention[name][1:]), 1)}
+        rows.append({"impl": name, **row, "read": round(read, 4)})
     for handle in handles.values():
         handle.unpatch()
     return rows

@@ -215,6 +215,12 @@ class Timings:
         }
 
 
+def turned(names: list[str], turn: int) -> list[str]:
+    """``names``, another one of them first at every turn."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
 def take_turns(
     calls: dict[str, Callable[[], Any]],
     rounds: int,

@@ -90,12 +90,17 @@ def exact_keys(keys: Tensor) -> Tensor:
 # ---------------------------------------------------------------- from scores to a walk
 
 
+def scaled_queries(step: Step) -> Tensor:
+    """``[num_kv_heads, rows * heads of a group, head_dim]``, to be multiplied with keys."""
+    rows, _, head_dim = step.query.shape
+    query = step.query.view(rows, len(step.keys), -1, head_dim) * step.scale
+    return query.permute(1, 0, 2, 3).flatten(1, 2)
+
+
 def unit_log_mass(step: Step, approximate: Tensor) -> Tensor:
     """Log-sum-exp of approximate logits in every unit, ``[rows, Hkv, heads of a group, units]``."""
-    rows, _, head_dim = step.query.shape
-    num_kv_heads, tokens, _ = approximate.shape
-    query = step.query.view(rows, num_kv_heads, -1, head_dim) * step.scale
-    query = query.permute(1, 0, 2, 3).flatten(1, 2)
+    rows, (num_kv_heads, tokens, _) = len(step.query), approximate.shape
+    query = scaled_queries(step)
     logits = (query @ approximate.transpose(1, 2)).view(num_kv_heads, rows, -1, tokens)
     fresh = logits[..., step.present :]
     invisible = torch.arange(step.present, tokens)[None] >= step.seq_lens[:, None]
@@ -174,8 +179,7 @@ def coarse(name: str, share: float, widths: float = 2.0) -> Maker:
         walk = fine(step)
         assert walk.log_mass is not None
         rows, heads, _, units = walk.log_mass.shape
-        query = step.query.view(rows, heads, -1, step.query.shape[-1]) * step.scale
-        query = query.permute(1, 0, 2, 3).flatten(1, 2)
+        query = scaled_queries(step)
         variance = query.square() @ (1.25 * scale.square()).transpose(1, 2)
         best = query @ middle.transpose(1, 2) + widths * variance.sqrt()
         best = best.view(heads, rows, -1, complete // GROUP).permute(1, 0, 2, 3)
@@ -195,16 +199,14 @@ def quest(name: str = "quest") -> Maker:
     """Upper bounds from the smallest and largest key per unit and channel (arXiv 2406.10774)."""
 
     def make(step: Step) -> Walk:
-        rows, _, head_dim = step.query.shape
-        num_kv_heads, tokens, _ = step.keys.shape
+        rows, (num_kv_heads, tokens, _) = len(step.query), step.keys.shape
         complete = step.present // UNIT * UNIT
         slot = (name, step.layer, complete)
         if slot not in step.memory:
             units = step.keys[:, :complete].unflatten(1, (-1, UNIT))
             step.memory[slot] = units.amin(2), units.amax(2)
         low, high = step.memory[slot]
-        query = step.query.view(rows, num_kv_heads, -1, head_dim) * step.scale
-        query = query.permute(1, 0, 2, 3).flatten(1, 2)
+        query = scaled_queries(step)
         bound = query.clamp(min=0) @ high.transpose(1, 2) + query.clamp(max=0) @ low.transpose(1, 2)
         bound = bound.view(num_kv_heads, rows, -1, complete // UNIT).permute(1, 0, 2, 3)
         share = bound - bound.logsumexp(-1, True)
