@@ -13,7 +13,7 @@ namespace {
 // up for it, and leave thread blocks short beside the whole;
 constexpr int32_t kWarpGroups = 16;
 // up to so many are better than thread blocks that begin when most others have ended.
-constexpr int32_t kMostWarpGroups = 64;
+constexpr int32_t kMostWarpGroups = 64;  // and a bit for each
 
 ART_HD int32_t num_tiles(int32_t group_size) { return (group_size + kTileHeads - 1) / kTileHeads; }
 
@@ -43,13 +43,16 @@ struct WarpGroups {
   int32_t end;
   bool block_has_any;
 
-  __device__ WarpGroups(const Target& target, Split split, int32_t block, int32_t warps) {
+  // `at_once`: of how many groups a warp's share is a multiple.
+  __device__ WarpGroups(const Target& target, Split split, int32_t block, int32_t warps,
+                        int32_t at_once) {
     const int32_t groups = target.num_groups();
     const int32_t block_groups = warps * split.warp_groups;
     int32_t used = (groups + block_groups - 1) / block_groups;
     used = used > split.fill ? used : split.fill;
     used = used < split.blocks ? used : split.blocks;
-    const int32_t share = (groups + used * warps - 1) / (used * warps);
+    int32_t share = (groups + used * warps - 1) / (used * warps);
+    share = (share + at_once - 1) / at_once * at_once;
     const int32_t number = block * warps + static_cast<int32_t>(threadIdx.x) / 32;
     // Whoever is beyond the last begins beyond it.
     const int64_t first = int64_t{number} * share, last = first + share;
@@ -89,13 +92,14 @@ struct Records {
 
 static_assert(kMaxTensorGroup == kMaxTiles * kTileHeads);
 
-template <int kSteps, bool kPacked>
-__global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5 : 3)
+template <int kSteps, bool kPacked, bool kExtras>
+__global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, !kPacked && kSteps <= 8 ? 5 : 3)
     tensor_kernel(const __grid_constant__ GuidedParams guided, const Workspace space,
                   const Split split) {
   using Sizes = TensorSizes<kSteps>;
+  using Ring = RecordRing<kSteps, kPacked>;
   static_assert(!kPacked || Sizes::kWarps == kPackedHeads);  // each warp splits one head
-  constexpr int kHeads = kLaneHeads<kPacked>, kRows = kHeads * kGroupUnits;
+  constexpr int kHeads = kLaneHeads<kPacked>, kGroups = kGroupsAtOnce<kPacked>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float factors[kMaxTiles * kTileHeads];
   let_next_kernel_start();
@@ -111,22 +115,33 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
                   *reinterpret_cast<PlainShared*>(memory));
     return;
   }
-  const WarpGroups groups(target, split, block, Sizes::kWarps);
+  const WarpGroups groups(target, split, block, Sizes::kWarps, kGroups);
   if (!groups.block_has_any) return;
 
   const int32_t* table = code_table_of(guided.codes, target.batch, target.kv_head);
   const auto page_of_group = [&](int32_t group) { return group < groups.end ? table[group] : -1; };
   const Records records(guided.codes, target.kv_head);
-  uint8_t* ring = memory + warp * Sizes::kStages * Sizes::kRecordBytes;
+  uint8_t* ring = memory + warp * Ring::kBytes;
+  // The pages of a stage that is not asked for yet.
+  int32_t pages[kGroups];
+  const auto find_pages = [&](int32_t group) {
 #pragma unroll
-  for (int s = 0; s < Sizes::kStages; ++s) {
-    if (groups.begin + s < groups.end) {
-      records.copy<kSteps>(table[groups.begin + s], ring + s * Sizes::kRecordBytes);
+    for (int i = 0; i < kGroups; ++i) pages[i] = page_of_group(group + i);
+  };
+  const auto copy_stage = [&](int32_t group, uint8_t* stage) {
+#pragma unroll
+    for (int i = 0; i < kGroups && group < groups.end; ++i) {
+      records.copy<kSteps>(pages[i], stage + i * Sizes::kRecordBytes);
     }
     sm80::commit_copies();
+  };
+#pragma unroll
+  for (int s = 0; s < Ring::kStages; ++s) {
+    find_pages(groups.begin + s * kGroups);
+    copy_stage(groups.begin + s * kGroups, ring + s * Ring::kStageBytes);
   }
-  int32_t page = page_of_group(groups.begin + Sizes::kStages);
-  QueryPair* query = reinterpret_cast<QueryPair*>(memory + Sizes::kRingBytes);
+  find_pages(groups.begin + Ring::kStages * kGroups);
+  QueryPair* query = reinterpret_cast<QueryPair*>(memory + Sizes::kWarps * Ring::kBytes);
   const int32_t tiles = kPacked ? 1 : num_tiles(guided.attention.group_size);
   words.template split<kPacked>(warp, factors + warp, query);
   if constexpr (!kPacked) {
@@ -142,56 +157,81 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, kSteps <= 8 ? 5
     is_careful |= !(factors[g] <= kLargeFactor);
   }
   const DecodeParams& params = guided.attention;
-  const bool always_extras = params.softcap > 0.0f || params.alibi_slopes != nullptr;
+  // What this lane ends with: a unit of one head, in the group that far on.
   const int row = threadIdx.x % 32 / 4, in_tile = threadIdx.x % 4 * kHeads;
-  const int32_t own_head = in_tile + row % kRows / kGroupUnits;
-  // Of the unit and head that this lane ends with.
-  int16_t* scores = space.unit_lse + row % kGroupUnits +
+  const int32_t own_head = kPacked ? in_tile : in_tile + row / kGroupUnits;
+  const int32_t own_group = kPacked ? row / kGroupUnits : 0;
+  int16_t* scores = space.unit_lse + own_group * kGroupUnits + row % kGroupUnits +
                     (int64_t{target.index} * params.group_size + own_head) * space.unit_stride;
 
-  uint8_t* stage = ring;
-  for (int32_t group = groups.begin; group < groups.end; ++group) {
-    sm80::wait_copies<Sizes::kStages - 1>();
-    __syncwarp();  // all lanes' pieces are there
-    const bool extras = always_extras || target.visible.begin > group * kGroupTokens;
+  // Whether the sums of this lane's group were good.
+  const auto score_stage = [&]<bool kCareful>(int32_t group, const uint8_t* stage, bool stores) {
+    bool is_good = true;
     for (int32_t tile = 0; tile < tiles; ++tile) {
       const int32_t first_head = tile * kTileHeads;
       float of_heads[kHeads];
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) of_heads[h] = factors[first_head + in_tile + h];
-      const int16_t steps = score_group<kSteps, kPacked>(
-          params, target, group, extras, stage, query + tile * Sizes::kPairs, first_head + in_tile,
-          of_heads, is_careful);
-      if (row < kRows && first_head + own_head < params.group_size) {
-        scores[int64_t{first_head} * space.unit_stride + group * kGroupUnits] = steps;
+      const UnitScore score = score_groups<kSteps, kPacked, kExtras, kCareful>(
+          params, target, group, stage, query + tile * Sizes::kPairs, first_head + in_tile,
+          of_heads);
+      is_good = is_good && score.is_good;
+      if (stores && group + own_group < groups.end && first_head + own_head < params.group_size) {
+        scores[int64_t{first_head} * space.unit_stride + group * kGroupUnits] = score.steps;
       }
     }
+    return is_good;
+  };
+
+  // A bit for each group that has to be scored again. That is rare, and its code lies elsewhere.
+  uint64_t doubtful = is_careful ? ~uint64_t{0} : 0;
+  uint8_t* stage = ring;
+  for (int32_t group = is_careful ? groups.end : groups.begin; group < groups.end;
+       group += kGroups) {
+    sm80::wait_copies<Ring::kStages - 1>();
+    __syncwarp();  // all lanes' pieces are there
+    const bool is_good = score_stage.template operator()<false>(group, stage, true);
+    if (!is_good) doubtful |= uint64_t{1} << (group + own_group - groups.begin);
     __syncwarp();  // all lanes have read it
-    const int32_t next = group + Sizes::kStages;
-    if (next < groups.end) records.copy<kSteps>(page, stage);
-    sm80::commit_copies();
-    page = page_of_group(next + 1);
-    stage += Sizes::kRecordBytes;
-    if (stage == ring + Sizes::kStages * Sizes::kRecordBytes) stage = ring;
+    const int32_t next = group + Ring::kStages * kGroups;
+    copy_stage(next, stage);
+    find_pages(next + kGroups);
+    stage += Ring::kStageBytes;
+    if (stage == ring + Ring::kBytes) stage = ring;
+  }
+  if (!__any_sync(~0u, doubtful != 0)) return;
+  doubtful |= __shfl_xor_sync(~0u, doubtful, 16);  // lanes of the other group
+  sm80::wait_copies<0>();
+  for (int32_t group = groups.begin; group < groups.end; group += kGroups) {
+    const uint64_t of_groups = doubtful >> (group - groups.begin);
+    if ((of_groups & ((1 << kGroups) - 1)) == 0) continue;
+    __syncwarp();
+    find_pages(group);
+    copy_stage(group, ring);
+    sm80::wait_copies<0>();
+    __syncwarp();
+    score_stage.template operator()<true>(group, ring, of_groups >> own_group & 1);
   }
 }
 
-template <int kSteps, bool kPacked>
+template <int kSteps, bool kPacked, bool kExtras>
 cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
+  const auto kernel = tensor_kernel<kSteps, kPacked, kExtras>;
   using Sizes = TensorSizes<kSteps>;
+  using Ring = RecordRing<kSteps, kPacked>;
   static ResidencyCache<kMaxTiles> cache;
   const int32_t tiles = kPacked ? 1 : num_tiles(params.attention.group_size);
-  const size_t shared_bytes = Sizes::shared_bytes(tiles);
+  const size_t shared_bytes = Ring::shared_bytes(tiles);
   Residency residency;
   const cudaError_t error = cache.get(
       tiles - 1,
-      [shared_bytes](int* blocks) {
+      [kernel, shared_bytes](int* blocks) {
         const cudaError_t failure = cudaFuncSetAttribute(
-            tensor_kernel<kSteps, kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(Sizes::shared_bytes(kMaxTiles)));
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(Ring::shared_bytes(kMaxTiles)));
         if (failure != cudaSuccess) return failure;
-        return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, tensor_kernel<kSteps, kPacked>,
-                                                             Sizes::kThreads, shared_bytes);
+        return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, Sizes::kThreads,
+                                                             shared_bytes);
       },
       &residency);
   if (error != cudaSuccess) return error;
@@ -199,8 +239,7 @@ cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStrea
   const Split split =
       make_split(items, params.max_units / kGroupUnits, residency.total(), Sizes::kWarps);
   const unsigned blocks = static_cast<unsigned>(items * (split.blocks + 1));
-  tensor_kernel<kSteps, kPacked>
-      <<<blocks, Sizes::kThreads, shared_bytes, stream>>>(params, space, split);
+  kernel<<<blocks, Sizes::kThreads, shared_bytes, stream>>>(params, space, split);
   return cudaGetLastError();
 }
 
@@ -221,10 +260,21 @@ bool can_use_tensors(const GuidedParams& params) {
 
 namespace {
 
+// Whether a logit can be anything but the product of query and key, or a token of a group with
+// codes be invisible. Other kernels do without the code for it.
+bool has_extras(const DecodeParams& params) {
+  return changes_logits(params) || params.sliding_window > 0 || params.seq_starts != nullptr;
+}
+
 template <int kSteps>
 cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStream_t stream) {
-  return params.attention.group_size <= kPackedHeads ? launch<kSteps, true>(params, space, stream)
-                                                     : launch<kSteps, false>(params, space, stream);
+  const bool packed = params.attention.group_size <= kPackedHeads;
+  if (has_extras(params.attention)) {
+    return packed ? launch<kSteps, true, true>(params, space, stream)
+                  : launch<kSteps, false, true>(params, space, stream);
+  }
+  return packed ? launch<kSteps, true, false>(params, space, stream)
+                : launch<kSteps, false, false>(params, space, stream);
 }
 
 }  // namespace

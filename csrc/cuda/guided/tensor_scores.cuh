@@ -1,7 +1,7 @@
 // Log-sum-exp of units from key codes on tensor cores: tokens are the rows of an instruction, query
 // heads its columns. Each warp streams the records of neighbouring groups through a ring of its own
 // in shared memory, and waits for no other warp. A group's result depends on nothing but its record
-// and its queries: not on the warp, the place in the ring or the thread block.
+// and its queries: not on the warp, the place in the ring, the thread block or the group beside it.
 #pragma once
 
 #include <algorithm>
@@ -19,25 +19,41 @@ namespace art::cuda::guided {
 using sm80::copy_async;
 using HalfMma = sm80::Mma<__half>;
 
+// Groups that a warp scores at once, and heads of a tile of which a lane has the sums, in columns
+// 2 * (lane % 4) and next: both parts of one head, or one part of two heads in each of two
+// instructions. So the four units of two groups or of two heads are a sum for each row of lanes.
+template <bool kPacked>
+constexpr int kGroupsAtOnce = kPacked ? 2 : 1;
+template <bool kPacked>
+constexpr int kLaneHeads = kPacked ? 1 : 2;
+constexpr int kLaneSets = 2;  // of units: kGroupsAtOnce * kLaneHeads
+
 // Sizes for one number of steps of 16 channels, which is even.
 template <int kSteps>
 struct TensorSizes {
   static constexpr int kPairs = kSteps / 2;
   // So many are multiplied at a time: all of them need too many registers where there are many.
   template <bool kPacked>
-  static constexpr int kAtOnce = !kPacked          ? 1
-                                 : kPairs % 2 == 0 ? 2
-                                                   : 3;
+  static constexpr int kAtOnce = !kPacked ? 1 : kPairs % 2 == 0 ? 2 : 3;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStages = kSteps > 4 ? 3 : 4;
   static constexpr int kRecordBytes = 320 * kSteps;
   static constexpr int kUnitBytes = 64 * kSteps;
   static constexpr int kGridBytes = 32 * kSteps;  // of the scales, and of the zeros
-  static constexpr size_t kRingBytes = size_t{kWarps} * kStages * kRecordBytes;
+};
 
+// The ring of a warp; a stage has the records of the groups that are scored at once.
+template <int kSteps, bool kPacked>
+struct RecordRing {
+  using Sizes = TensorSizes<kSteps>;
+  static constexpr int kStageBytes = kGroupsAtOnce<kPacked> * Sizes::kRecordBytes;
+  static constexpr int kStages = kPacked ? (kSteps > 4 ? 2 : 3) : (kSteps > 4 ? 3 : 4);
+  static constexpr int kBytes = kStages * kStageBytes;
+
+  // Of a thread block.
   static size_t shared_bytes(int32_t tiles) {
-    return std::max(kRingBytes + tiles * kPairs * sizeof(QueryPair), sizeof(PlainShared));
+    return std::max(Sizes::kWarps * kBytes + tiles * Sizes::kPairs * sizeof(QueryPair),
+                    sizeof(PlainShared));
   }
 };
 
@@ -62,12 +78,7 @@ __device__ void load_words(const uint8_t* from, uint32_t (&to)[kWords]) {
   }
 }
 
-// Heads of a tile of which a lane has the sums, in columns 2 * (lane % 4) and next: both parts of
-// one head, or one part of two heads in each of two instructions.
-template <bool kPacked>
-constexpr int kLaneHeads = kPacked ? 1 : 2;
-
-// Sums of one lane over the channels, with the tokens lane / 4 and 8 further.
+// Sums of one lane over the channels, with the tokens lane / 4 and 8 further of one group.
 template <bool kPacked>
 struct LaneSums {
   float codes[kGroupUnits][4];
@@ -98,137 +109,160 @@ __device__ uint32_t largest_scale(const uint8_t* scales) {
   return low > high ? low : high;
 }
 
-// <query, zero> of a group for a tile of heads. Any four words of zeros make an operand: rows 0 to
-// 7 of it have the first and the third, the others the second and the fourth. So of two
+// <query, zero> of the groups for a tile of heads. Any four words of zeros make an operand: rows 0
+// to 7 of it have the first and the third, the others the second and the fourth. So of two
 // instructions, with the queries of either, one half each is good.
 template <int kSteps, bool kPacked>
-__device__ void multiply_zeros(const uint8_t* record, const QueryPair* query,
-                               LaneSums<kPacked>& sums) {
+__device__ void multiply_zeros(const uint8_t* records, const QueryPair* query,
+                               LaneSums<kPacked> (&sums)[kGroupsAtOnce<kPacked>]) {
+  using Sizes = TensorSizes<kSteps>;
+  constexpr int kPairs = Sizes::kPairs, kGroups = kGroupsAtOnce<kPacked>;
+  const int lane = threadIdx.x % 32;
+  const uint8_t* of_lane =
+      records + kGroupUnits * Sizes::kUnitBytes + Sizes::kGridBytes + lane % 4 * kPairs * 4;
+  uint32_t zeros[kGroups][kPlaces][kPairs];
+#pragma unroll
+  for (int i = 0; i < kGroups * kPlaces; ++i) {
+    load_words(of_lane + i / kPlaces * Sizes::kRecordBytes + i % kPlaces * 16 * kPairs,
+               zeros[i / kPlaces][i % kPlaces]);
+  }
+  float first_rows[kGroups][4] = {}, last_rows[kGroups][4] = {};
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const ZeroWords parts = query[i].zeros[lane];
+    const ZeroWords rest = kPacked ? ZeroWords{} : query[i].zeros_rest[lane];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      uint32_t zero[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) zero[w] = zeros[g][(4 * i + w) / kPairs][(4 * i + w) % kPairs];
+      HalfMma::run(first_rows[g], zero, parts.at[0], parts.at[1]);
+      HalfMma::run(last_rows[g], zero, parts.at[2], parts.at[3]);
+      if constexpr (!kPacked) {
+        HalfMma::run(first_rows[g], zero, rest.at[0], rest.at[1]);
+        HalfMma::run(last_rows[g], zero, rest.at[2], rest.at[3]);
+      }
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const float of_columns[2] = {first_rows[g][0] + last_rows[g][2],
+                                 first_rows[g][1] + last_rows[g][3]};
+    sums[g].zeros[0] = kPacked ? of_columns[0] + of_columns[1] : of_columns[0];
+    if constexpr (!kPacked) sums[g].zeros[1] = of_columns[1];
+  }
+}
+
+// <query * scale, code> of a group for a tile of heads and the channels of pairs `first` and next.
+// `normalise`: multiplies the scales if `kCareful`.
+template <int kSteps, bool kPacked, bool kCareful, int kAtOnce>
+__device__ void multiply_codes(const uint8_t* record, int first, const PlaceWords (&high)[kAtOnce],
+                               const PlaceWords (&low)[kAtOnce], __half2 normalise,
+                               float (&sums)[kGroupUnits][4]) {
   using Sizes = TensorSizes<kSteps>;
   constexpr int kPairs = Sizes::kPairs;
   const int lane = threadIdx.x % 32;
-  const uint8_t* of_lane =
-      record + kGroupUnits * Sizes::kUnitBytes + Sizes::kGridBytes + lane % 4 * kPairs * 4;
-  uint32_t zeros[kPlaces][kPairs];
+  const uint8_t* scales = record + kGroupUnits * Sizes::kUnitBytes + lane % 4 * kPairs * 4;
+  uint32_t scale[kPlaces][kAtOnce];
 #pragma unroll
-  for (int p = 0; p < kPlaces; ++p) load_words(of_lane + p * 16 * kPairs, zeros[p]);
-  float first_rows[4] = {}, last_rows[4] = {};
+  for (int p = 0; p < kPlaces; ++p) load_words(scales + (p * 4 * kPairs + first) * 4, scale[p]);
+  if constexpr (kCareful) {
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    uint32_t zero[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) zero[w] = zeros[(4 * i + w) / kPairs][(4 * i + w) % kPairs];
-    const ZeroWords parts = query[i].zeros[lane];
-    HalfMma::run(first_rows, zero, parts.at[0], parts.at[1]);
-    HalfMma::run(last_rows, zero, parts.at[2], parts.at[3]);
-    if constexpr (!kPacked) {
-      const ZeroWords rest = query[i].zeros_rest[lane];
-      HalfMma::run(first_rows, zero, rest.at[0], rest.at[1]);
-      HalfMma::run(last_rows, zero, rest.at[2], rest.at[3]);
+    for (int i = 0; i < kPlaces * kAtOnce; ++i) {
+      uint32_t& word = scale[i / kAtOnce][i % kAtOnce];
+      word = pack(__hmul2_rn(unpack(word), normalise));
     }
   }
-  const float of_columns[2] = {first_rows[0] + last_rows[2], first_rows[1] + last_rows[3]};
-  sums.zeros[0] = kPacked ? of_columns[0] + of_columns[1] : of_columns[0];
-  if constexpr (!kPacked) sums.zeros[1] = of_columns[1];
-}
-
-// <query * scale, code> of a group for a tile of heads. `normalise`: multiplies the scales.
-template <int kSteps, bool kPacked>
-__device__ void multiply_codes(const uint8_t* record, const QueryPair* query, bool is_careful,
-                               __half2 normalise, float (&sums)[kGroupUnits][4]) {
-  using Sizes = TensorSizes<kSteps>;
-  constexpr int kPairs = Sizes::kPairs, kAtOnce = Sizes::template kAtOnce<kPacked>;
-  const int lane = threadIdx.x % 32;
-  const uint8_t* scales = record + kGroupUnits * Sizes::kUnitBytes + lane % 4 * kPairs * 4;
-#pragma unroll(kPacked ? kPairs : 1)
-  for (int first = 0; first < kPairs; first += kAtOnce) {
-    uint32_t scale[kPlaces][kAtOnce];
+  PlaceWords of_high[kAtOnce], of_low[kAtOnce];
 #pragma unroll
-    for (int p = 0; p < kPlaces; ++p) {
-      load_words(scales + (p * 4 * kPairs + first) * 4, scale[p]);
-    }
-    if (is_careful) {
+  for (int i = 0; i < kPlaces * kAtOnce; ++i) {
+    const int p = i / kAtOnce, j = i % kAtOnce;
+    of_high[j].at[p] = high[j].at[p], of_low[j].at[p] = low[j].at[p];
+    scale_query(&of_high[j].at[p], &of_low[j].at[p], unpack(scale[p][j]));
+  }
 #pragma unroll
-      for (int i = 0; i < kPlaces * kAtOnce; ++i) {
-        uint32_t& word = scale[i / kAtOnce][i % kAtOnce];
-        word = pack(__hmul2_rn(unpack(word), normalise));
+  for (int u = 0; u < kGroupUnits; ++u) {
+    uint32_t code[kAtOnce];
+    load_words(record + u * Sizes::kUnitBytes + (lane * kPairs + first) * 4, code);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const uint32_t first_tokens = code[j], second_tokens = first_tokens >> 8;
+#pragma unroll
+      for (int p = 0; p < kPlaces; p += 2) {
+        const uint32_t mask = 0x00030003u << 2 * p, next = mask << 2;
+        const uint32_t a[4] = {first_tokens & mask, second_tokens & mask, first_tokens & next,
+                               second_tokens & next};
+        HalfMma::run(sums[u], a, of_low[j].at[p], of_low[j].at[p + 1]);
+        if constexpr (!kPacked) HalfMma::run(sums[u], a, of_high[j].at[p], of_high[j].at[p + 1]);
       }
     }
+  }
+}
+
+// Sums of the groups whose records are at `records`. `kCareful`: for scales of any size. Otherwise
+// sums are infinite or NaN where a product with a scale is beyond float16's range.
+template <int kSteps, bool kPacked, bool kCareful>
+__device__ void multiply(const uint8_t* records, const QueryPair* query,
+                         LaneSums<kPacked> (&sums)[kGroupsAtOnce<kPacked>]) {
+  using Sizes = TensorSizes<kSteps>;
+  constexpr int kPairs = Sizes::kPairs, kAtOnce = Sizes::template kAtOnce<kPacked>;
+  constexpr int kGroups = kGroupsAtOnce<kPacked>;
+  multiply_zeros<kSteps, kPacked>(records, query, sums);
+  __half2 normalise[kGroups];
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const uint8_t* scales = records + g * Sizes::kRecordBytes + kGroupUnits * Sizes::kUnitBytes;
+    const int32_t exponent = kCareful ? scale_exponent(largest_scale<kSteps>(scales)) : 0;
+    sums[g].codes_factor = power_of_two(24 - exponent);
+    normalise[g] = half_power_of_two(exponent);
+#pragma unroll
+    for (int i = 0; i < 4 * kGroupUnits; ++i) sums[g].codes[i / 4][i % 4] = 0.0f;
+  }
+#pragma unroll 1
+  for (int first = 0; first < kPairs; first += kAtOnce) {
     PlaceWords high[kAtOnce], low[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      high[j] = query[first + j].high[lane];
-      low[j] = query[first + j].low[lane];
-#pragma unroll
-      for (int p = 0; p < kPlaces; ++p) {
-        scale_query(&high[j].at[p], &low[j].at[p], unpack(scale[p][j]));
-      }
+      high[j] = query[first + j].high[threadIdx.x % 32];
+      low[j] = query[first + j].low[threadIdx.x % 32];
     }
 #pragma unroll
-    for (int u = 0; u < kGroupUnits; ++u) {
-      uint32_t code[kAtOnce];
-      load_words(record + u * Sizes::kUnitBytes + (lane * kPairs + first) * 4, code);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const uint32_t first_tokens = code[j], second_tokens = first_tokens >> 8;
-#pragma unroll
-        for (int p = 0; p < kPlaces; p += 2) {
-          const uint32_t mask = 0x00030003u << 2 * p, next = mask << 2;
-          const uint32_t a[4] = {first_tokens & mask, second_tokens & mask, first_tokens & next,
-                                 second_tokens & next};
-          HalfMma::run(sums[u], a, low[j].at[p], low[j].at[p + 1]);
-          if constexpr (!kPacked) HalfMma::run(sums[u], a, high[j].at[p], high[j].at[p + 1]);
-        }
-      }
+    for (int g = 0; g < kGroups; ++g) {
+      multiply_codes<kSteps, kPacked, kCareful>(records + g * Sizes::kRecordBytes, first, high, low,
+                                                normalise[g], sums[g].codes);
     }
   }
 }
 
-// `is_careful`: for scales of any size. Otherwise sums are infinite or NaN where a product with a
-// scale is beyond float16's range.
-template <int kSteps, bool kPacked>
-__device__ LaneSums<kPacked> multiply(const uint8_t* record, const QueryPair* query,
-                                      bool is_careful) {
-  using Sizes = TensorSizes<kSteps>;
-  LaneSums<kPacked> sums = {};
-  int32_t exponent = 0;
-  if (is_careful) {
-    exponent = scale_exponent(largest_scale<kSteps>(record + kGroupUnits * Sizes::kUnitBytes));
-  }
-  sums.codes_factor = power_of_two(24 - exponent);
-  multiply_zeros<kSteps, kPacked>(record, query, sums);
-  multiply_codes<kSteps, kPacked>(record, query, is_careful, half_power_of_two(exponent),
-                                  sums.codes);
-  return sums;
-}
-
-// Logits of one lane to base 2, relative to `base` of their head: tokens lane / 4 and 8 further of
-// each unit.
-template <int kHeads>
+// Logits of one lane to base 2, relative to the `base` of their set: tokens lane / 4 and 8 further
+// of each unit.
 struct LaneLogits {
-  float at[kGroupUnits][kHeads][2];
-  float base[kHeads];
+  float at[kLaneSets][kGroupUnits][2];
+  float base[kLaneSets];
 };
 
-// From sums to logits. `factors`: of the lane's heads, the first of which is `first_head`.
-// `extras`: whether logits are more than the product of query and key.
+__host__ __device__ inline bool changes_logits(const DecodeParams& params) {
+  return params.softcap > 0.0f || params.alibi_slopes != nullptr;
+}
+
+// From sums to logits, of the sets from `first_set` on. `factors`: of the lane's heads, the first
+// of which is `first_head`. `extras`: whether logits are more than the product of query and key.
 template <bool kPacked>
-__device__ auto to_logits(const DecodeParams& params, const Target& target, int32_t group,
+__device__ void to_logits(const DecodeParams& params, const Target& target, int32_t group,
                           bool extras, const LaneSums<kPacked>& sums, int32_t first_head,
-                          const float* factors) {
+                          const float* factors, int first_set, LaneLogits& logits) {
   constexpr int kHeads = kLaneHeads<kPacked>;
-  LaneLogits<kHeads> logits;
   if (!extras) {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       const float factor = factors[h] * kLog2e, of_codes = sums.codes_factor * factor;
-      logits.base[h] = sums.zeros[h] * factor;
+      logits.base[first_set + h] = sums.zeros[h] * factor;
 #pragma unroll
       for (int i = 0; i < 2 * kGroupUnits; ++i) {
-        logits.at[i / 2][h][i % 2] = sums.of_codes(i / 2, h, i % 2) * of_codes;
+        logits.at[first_set + h][i / 2][i % 2] = sums.of_codes(i / 2, h, i % 2) * of_codes;
       }
     }
-    return logits;
+    return;
   }
   int32_t first_token = group * kGroupTokens + static_cast<int32_t>(threadIdx.x % 32 / 4);
   // Or all comparisons would be made beforehand, also where nobody asks for them.
@@ -239,15 +273,15 @@ __device__ auto to_logits(const DecodeParams& params, const Target& target, int3
     // Heads that only fill up the tile have no slope.
     const int32_t g = first_head + h, last = params.group_size - 1;
     const int32_t q_head = target.kv_head * params.group_size + (g < last ? g : last);
-    logits.base[h] = 0.0f;
+    logits.base[first_set + h] = 0.0f;
 #pragma unroll
     for (int i = 0; i < 2 * kGroupUnits; ++i) {
       const float x = fmaf(sums.of_codes(i / 2, h, i % 2), factor, zero);
       const int32_t token = first_token + i / 2 * kUnitTokens + i % 2 * 8;
-      logits.at[i / 2][h][i % 2] = logit_of(params, target.visible, q_head, token, x) * kLog2e;
+      logits.at[first_set + h][i / 2][i % 2] =
+          logit_of(params, target.visible, q_head, token, x) * kLog2e;
     }
   }
-  return logits;
 }
 
 // The largest over the eight rows of lanes.
@@ -259,22 +293,22 @@ __device__ inline float max_of_rows(float x) {
   return x;
 }
 
-// Number head * kGroupUnits + unit, among those of a lane: row % (kHeads * kGroupUnits).
+// Of a set and unit: set * kGroupUnits + unit is the lane's row.
 struct UnitSum {
   float base;
   float sum;
 };
 
-// Adds up 2^x of each unit and head. The eight rows of lanes have parts of all sums: each exchange
+// Adds up 2^x of each set and unit. The eight rows of lanes have parts of all sums: each exchange
 // halves what a lane is left with, until it has one.
-template <int kHeads>
-__device__ UnitSum add_rows(const LaneLogits<kHeads>& logits) {
-  constexpr int kSums = kHeads * kGroupUnits;
+__device__ inline UnitSum add_rows(const LaneLogits& logits) {
+  constexpr int kSums = kLaneSets * kGroupUnits;
+  static_assert(kSums == 8);
   const int row = threadIdx.x % 32 / 4;
   float sums[kSums];
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
-    const float (&x)[2] = logits.at[i % kGroupUnits][i / kGroupUnits];
+    const float (&x)[2] = logits.at[i / kGroupUnits][i % kGroupUnits];
     sums[i] = exp2_approximate(x[0]) + exp2_approximate(x[1]);
   }
 #pragma unroll
@@ -287,52 +321,62 @@ __device__ UnitSum add_rows(const LaneLogits<kHeads>& logits) {
       sums[i] += __shfl_xor_sync(~0u, sent, 4 * half);
     }
   }
-#pragma unroll
-  for (int distance = kSums; distance < 8; distance *= 2) {  // rows that have the same sum
-    sums[0] += __shfl_xor_sync(~0u, sums[0], 4 * distance);
-  }
-  return {row < kGroupUnits ? logits.base[0] : logits.base[kHeads - 1], sums[0]};
+  return {row < kGroupUnits ? logits.base[0] : logits.base[1], sums[0]};
 }
 
-// The same relative to the largest of each unit and head.
-template <int kHeads>
-__device__ UnitSum add_rows_carefully(LaneLogits<kHeads>& logits) {
+// The same relative to the largest of each set and unit.
+__device__ inline UnitSum add_rows_carefully(LaneLogits& logits) {
   UnitSum unit = {};
 #pragma unroll
-  for (int i = 0; i < kHeads * kGroupUnits; ++i) {
-    float (&x)[2] = logits.at[i % kGroupUnits][i / kGroupUnits];
+  for (int i = 0; i < kLaneSets * kGroupUnits; ++i) {
+    float (&x)[2] = logits.at[i / kGroupUnits][i % kGroupUnits];
     const float reference = reference_of(max_of_rows(fmaxf(x[0], x[1])));
     x[0] -= reference, x[1] -= reference;
-    const int row = threadIdx.x % 32 / 4;
-    if (row % (kHeads * kGroupUnits) == i) unit.base = reference;
+    if (threadIdx.x % 32 / 4 == i) unit.base = reference;
   }
   const UnitSum sum = add_rows(logits);
   return {unit.base + sum.base, sum.sum};
 }
 
-// Log-sum-exp of a group's units for a tile of heads, in steps: of the unit and head whose number
-// is the lane's row. First relative to the zeros of the group, which needs no search for the
-// largest logit; where a sum is then too large or small to be trusted, again in the way that always
-// holds. Nothing but the record and the queries decides which.
-template <int kSteps, bool kPacked>
-__device__ int16_t score_group(const DecodeParams& params, const Target& target, int32_t group,
-                               bool extras, const uint8_t* record, const QueryPair* query,
-                               int32_t first_head, const float* factors, bool is_careful) {
+// Whether all sums of the lane's group can be trusted.
+template <bool kPacked>
+__device__ bool is_group_good(float sum) {
   constexpr float kLeastSum = 0x1p-100f, kMostSum = 0x1p100f;
-  UnitSum unit;
-#pragma unroll 1
-  while (true) {
-    const LaneSums sums = multiply<kSteps, kPacked>(record, query, is_careful);
-    auto logits = to_logits<kPacked>(params, target, group, extras, sums, first_head, factors);
-    if (is_careful) {
-      unit = add_rows_carefully(logits);
-      break;
-    }
-    unit = add_rows(logits);
-    if (__all_sync(~0u, unit.sum >= kLeastSum && unit.sum <= kMostSum)) break;
-    is_careful = true;
+  const uint32_t good = __ballot_sync(~0u, sum >= kLeastSum && sum <= kMostSum);
+  const uint32_t own = kPacked ? 0xffffu << (threadIdx.x & 16) : ~0u;
+  return (good & own) == own;
+}
+
+// A unit's log-sum-exp in steps, and whether it can be trusted.
+struct UnitScore {
+  int16_t steps;
+  bool is_good;
+};
+
+// Log-sum-exp of the units of neighbouring groups for a tile of heads: of the set and unit that are
+// the lane's row. Relative to the zeros of the group, which needs no search for the largest logit;
+// `kCareful`: in a way that always holds, for groups with sums that are too large or small for the
+// other. Nothing but a group's record and the queries decides which.
+template <int kSteps, bool kPacked, bool kExtras, bool kCareful>
+__device__ UnitScore score_groups(const DecodeParams& params, const Target& target,
+                                  int32_t first_group, const uint8_t* records,
+                                  const QueryPair* query, int32_t first_head,
+                                  const float* factors) {
+  constexpr int kGroups = kGroupsAtOnce<kPacked>;
+  LaneSums<kPacked> sums[kGroups];
+  multiply<kSteps, kPacked, kCareful>(records, query, sums);
+  LaneLogits logits;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int32_t group = first_group + g;
+    const bool extras =
+        kExtras && (changes_logits(params) || target.visible.begin > group * kGroupTokens);
+    to_logits<kPacked>(params, target, group, extras, sums[g], first_head, factors,
+                       g * kLaneHeads<kPacked>, logits);
   }
-  return quantise_steps((unit.base + __log2f(unit.sum)) * 64.0f);
+  const UnitSum unit = kCareful ? add_rows_carefully(logits) : add_rows(logits);
+  return {quantise_steps((unit.base + __log2f(unit.sum)) * 64.0f),
+          kCareful || is_group_good<kPacked>(unit.sum)};
 }
 
 }  // namespace art::cuda::guided
