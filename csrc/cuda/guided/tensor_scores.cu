@@ -226,9 +226,9 @@ cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStrea
   const cudaError_t error = cache.get(
       tiles - 1,
       [kernel, shared_bytes](int* blocks) {
-        const cudaError_t failure = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(Ring::shared_bytes(kMaxTiles)));
+        const cudaError_t failure =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(Ring::shared_bytes(kMaxTiles)));
         if (failure != cudaSuccess) return failure;
         return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, Sizes::kThreads,
                                                              shared_bytes);

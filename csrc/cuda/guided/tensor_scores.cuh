@@ -34,7 +34,9 @@ struct TensorSizes {
   static constexpr int kPairs = kSteps / 2;
   // So many are multiplied at a time: all of them need too many registers where there are many.
   template <bool kPacked>
-  static constexpr int kAtOnce = !kPacked ? 1 : kPairs % 2 == 0 ? 2 : 3;
+  static constexpr int kAtOnce = !kPacked          ? 1
+                                 : kPairs % 2 == 0 ? 2
+                                                   : 3;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRecordBytes = 320 * kSteps;

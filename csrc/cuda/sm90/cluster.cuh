@@ -31,8 +31,9 @@ constexpr int kExchangeBytes =
     (kMaxSharedBytes - kSharedAlignment - int{sizeof(ClusterShared<T, kDim, kHeadTiles>)}) / 16 *
     16;
 
-// The computing warps, the folding ones, one that weighs steps, one that judges, and the producing
-// ones.
+// The computing warps, the folding ones, one that judges, one that weighs steps, and the producing
+// ones. Warps take turns with the four schedulers of a multiprocessor: without a criterion nobody
+// judges and one warp folds, and the one that weighs, which has the most to do, is not beside it.
 template <int kDim>
 constexpr int kClusterThreads =
     32 * (num_cluster_workers(kDim) + kFolders + 2 + num_cluster_producers(kDim));
@@ -46,32 +47,39 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
   __trap();
 #else
   using Shared = ClusterShared<T, kDim, kHeadTiles>;
-  constexpr int kWorkers = Shared::kWorkers;
+  constexpr int kWorkers = Shared::kWorkers, kJudge = kWorkers + kFolders;
+  constexpr int kWeigher = kJudge + 1, kFirstProducer = kJudge + 2;
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(aligned(memory));
   const Exchange exchange(plan, reinterpret_cast<unsigned char*>(&shared + 1));
   const int32_t rank = cluster_rank(), index = blockIdx.x >> plan.blocks_log2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  if (threadIdx.x == 0) {
-    prefetch_map(&maps.key);
-    prefetch_map(&maps.value);
-    shared.stages.init();
+  // Several warps get ready side by side; each of these takes a good part of a microsecond.
+  if (warp == kWeigher) {
     shared.exchange.init();
     fence_barrier_init();
+  } else if (warp == kFirstProducer && lane == 0) {
+    shared.stages.init();
+    fence_barrier_init();
+    prefetch_map(&maps.key);
+    prefetch_map(&maps.value);
   }
   wait_for_kernel_before();
-  // In shared memory, because the computing warps have no registers to spare for it.
-  if (threadIdx.x == 0) shared.item = find_item(params, walks, index);
-  const int32_t batch = index / params.num_kv_heads, kv_head = index % params.num_kv_heads;
-  shared.query.load(params, batch, kv_head * params.group_size, params.group_size, threadIdx.x,
-                    kClusterThreads<kDim>);
+  if (warp == kJudge) {
+    // In shared memory, because the computing warps have no registers to spare for it.
+    if (lane == 0) shared.item = find_item(params, walks, index);
+  } else if (warp < kJudge) {
+    const int32_t batch = index / params.num_kv_heads, kv_head = index % params.num_kv_heads;
+    shared.query.load(params, batch, kv_head * params.group_size, params.group_size, threadIdx.x,
+                      32 * kJudge);
+  }
   __syncthreads();
   const Item& item = shared.item;
   cluster_arrive_relaxed();
   // Own tiles can be on their way before the others have started.
-  if (warp >= kWorkers + kFolders + 2) {
-    const int number = warp - kWorkers - kFolders - 2;
+  if (warp >= kFirstProducer) {
+    const int number = warp - kFirstProducer;
     if (number < plan.producers) {
       produce(params, maps, item, shared.stages, plan.producers, number, rank, plan.blocks(),
               [&] { return shared.exchange.stop != 0; });
@@ -95,29 +103,31 @@ __global__ void __launch_bounds__(kClusterThreads<kDim>, 1)
     __syncwarp();
     cluster_arrive();
     cluster_wait();
-  } else if (warp < kWorkers + kFolders) {
+  } else if (warp < kJudge) {
     Folder<T, kDim, kHeadTiles, kRests> folder(params, walks, plan, exchange, shared.exchange, item,
                                                rank, warp - kWorkers);
     if (folder.has_work()) folder.run();
     __syncwarp();
     cluster_arrive();
-    if (folder.has_work()) folder.write_result(index);
+    if (folder.has_work()) folder.write_result();
     __syncwarp();
     cluster_wait();
-  } else if (warp == kWorkers + kFolders) {
+  } else if (warp == kJudge) {
+    Judge<kDim, kHeadTiles, kRests> judge(params, plan, exchange, shared.exchange, item, rank);
+    if (may_stop(params)) judge.run();
+    __syncwarp();
+    cluster_arrive();
+    if (rank == 0) judge.write_result(index);
+    __syncwarp();
+    cluster_wait();
+    if (may_stop(params)) judge.drain();
+  } else {
     Weigher<kDim, kHeadTiles> weigher(plan, exchange, shared.exchange, item, rank);
     if (rank < num_slices(kDim)) weigher.run();
     __syncwarp();
     cluster_arrive();
     cluster_wait();
     if (rank < num_slices(kDim)) weigher.drain(kWorkers);
-  } else {
-    Judge<kDim, kHeadTiles, kRests> judge(params, plan, exchange, shared.exchange, item, rank);
-    if (may_stop(params)) judge.run();
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
-    if (may_stop(params)) judge.drain();
   }
 #endif
 }

@@ -30,17 +30,19 @@ class Exchange {
 
   // Of one lane: row `row` of 8, and the pair of heads.
   __device__ float4* values(int32_t step, int32_t local_slice, int row, int pair) const {
-    return slot(step) + (8 * local_slice + row) * layout_.pairs + pair;
+    return ring_ + layout_.sizes.slot_of(step) * layout_.value_pieces() +
+           (8 * local_slice + row) * layout_.pairs + pair;
   }
+  // Those of the later steps of a batch follow.
   __device__ float4* states(int32_t step, int pair) const {
-    return slot(step) + 8 * layout_.local * layout_.pairs + pair;
+    return ring_ + layout_.num_slots() * layout_.value_pieces() + pair * layout_.state_pieces() +
+           layout_.sizes.slot_of(step);
   }
   // {aa, ad, dd, scale} of head 2 * pair + head, for step `in_batch` of the batch. In slice 0 the
   // scale is negative where the head has little enough left after the step.
   __device__ float4* moments(int32_t batch, int32_t slice, int head, int in_batch, int pair) const {
     const CudaExchange& sizes = layout_.sizes;
-    float4* inbox = ring_ + (sizes.batch_steps() * layout_.slot_pieces() << sizes.ring_log2) +
-                    inbox_place_of(batch) * layout_.inbox_pieces();
+    float4* inbox = ring_ + layout_.ring_pieces() + inbox_place_of(batch) * layout_.inbox_pieces();
     return inbox + (((2 * slice + head) << sizes.batch_log2) + in_batch) * layout_.pairs + pair;
   }
 
@@ -61,10 +63,6 @@ class Exchange {
   __device__ uint32_t moment_bytes() const { return 32 * layout_.pairs; }
 
  private:
-  __device__ float4* slot(int32_t step) const {
-    return ring_ + layout_.sizes.slot_of(step) * layout_.slot_pieces();
-  }
-
   __device__ int32_t blocks() const { return 1 << blocks_log2_; }
 
   const ExchangeLayout& layout_;
@@ -135,15 +133,19 @@ struct ExchangeShared {
   float4 before[kFolders][kBatchSteps][8 * kLanePairs + 4];
   Snapshot<kDim, kHeadTiles> snapshots[kKeepers][kMaxPending];
 
-  // By one thread.
+  // By a warp.
   __device__ void init() {
-    for (Barrier& barrier : full) barrier.init(1);
-    for (Barrier& barrier : weighed) barrier.init(1);
-    for (Barrier& barrier : moments) barrier.init(1);
-    for (volatile uint32_t& verdict : verdicts) verdict = 0;
-    for (volatile int32_t& batches : folded) batches = 0;
-    for (volatile int32_t& batches : known) batches = 0;
-    stop = 0;
+    static_assert(kMaxRingBatches <= 32 && kMaxPending <= 32 && kMaxClusterBlocks <= 32);
+    const int lane = threadIdx.x % 32;
+    if (lane < kMaxRingBatches) {
+      full[lane].init(1);
+      weighed[lane].init(1);
+      verdicts[lane] = 0;
+    }
+    if (lane < kMaxPending) moments[lane].init(1);
+    if (lane < kMaxClusterBlocks) known[lane] = 0;
+    for (int i = lane; i < kMaxFolders; i += 32) folded[i] = 0;
+    if (lane == 0) stop = 0;
   }
 };
 

@@ -66,9 +66,8 @@ class Folder {
     if (stop != 0) fold_up_to(stop - 1);
   }
 
-  // Of warps with the same slices the first one writes; that of the first slice writes what there
-  // is once an item.
-  __device__ void write_result(int32_t index) const {
+  // Of warps with the same slices the first one writes.
+  __device__ void write_result() const {
     if (share_.turn != 0) return;
     const int32_t stop = shared_.stop, num_steps = stop != 0 ? stop : num_steps_;
     const int32_t last = num_steps - 1, batch = sizes_.batch_of(last);
@@ -97,12 +96,6 @@ class Folder {
         }
       }
     });
-    if (share_.first != 0) return;
-    const int32_t units = num_steps == 0 ? 0 : item_.steps.positions(last).end;
-    const int32_t tokens = tokens_in(params_, item_, units);
-    if (lane_ != 0) return;
-    params_.tokens_read[index] = tokens;
-    params_.stop_block[index] = stop != 0 ? item_.steps.block_of(last) : -1;
   }
 
  private:
@@ -125,14 +118,18 @@ class Folder {
   // and for moments. False: the item ended before.
   __device__ bool wait_for_batch() const {
     Barrier& weighed = shared_.weighed[sizes_.ring_place(batch_)];
+    if (!may_stop(params_)) {
+      weighed.wait(sizes_.ring_parity(batch_));
+      return true;
+    }
     while (true) {
       const bool is_weighed = __all_sync(~0u, weighed.is_over(sizes_.ring_parity(batch_)));
       const int32_t last = last_batch();
       if (last < batch_) return false;
       // What came before the end was good, whether or not this thread block has taken note of it.
-      const bool has_room =
-          !may_stop(params_) || last < num_batches_ || known() + sizes_.pending() > batch_;
+      const bool has_room = last < num_batches_ || known() + sizes_.pending() > batch_;
       if (is_weighed && has_room) return true;
+      __nanosleep(plan_.pause_ns);
     }
   }
 
@@ -162,12 +159,13 @@ class Folder {
     const auto& factors = table().factors[ht];
     const bool exists = pair(ht) < plan_.layout.pairs;
     const float4* from = values_of(slice, ht, exists);
-    const int32_t stride = plan_.layout.slot_pieces();
+    const int column = exists ? lane_ % 4 : 0;  // there are no factors for other pairs
+    const int32_t stride = plan_.layout.value_pieces();
 #pragma unroll
     for (int i = 0; i < kBatchSteps; ++i) {
       const float4 p = exists && i < count ? from[i * stride] : float4{};
       // Rows past the end of the batch are such that nothing changes.
-      const float4 f = factors[i][lane_ % 4];
+      const float4 f = factors[i][column];
       const float4 old = make_float4(a.x * f.x, a.y * f.z, a.z * f.x, a.w * f.z);
       visit(i, old);
       a = make_float4(fmaf(p.x, f.y, old.x), fmaf(p.y, f.w, old.y), fmaf(p.z, f.y, old.z),
@@ -294,11 +292,12 @@ class Folder {
       for (int ht = 0; ht < kHeadTiles; ++ht) {
         values_[k][ht] = from.values[k][ht][lane_];
         const int32_t slice = share_.first + (k << share_.apart_log2);
-        const float4* p = values_of(slice, ht, pair(ht) < plan_.layout.pairs);
+        const bool exists = pair(ht) < plan_.layout.pairs;
+        const float4* p = values_of(slice, ht, exists);
         float4& a = values_[k][ht];
         for (int32_t i = 0; i < count && slice < kSlices; ++i) {
-          const float4 f = table().factors[ht][i][lane_ % 4];
-          const float4 q = p[i * plan_.layout.slot_pieces()];
+          const float4 f = table().factors[ht][i][exists ? lane_ % 4 : 0];
+          const float4 q = p[i * plan_.layout.value_pieces()];
           a = make_float4(fmaf(q.x, f.y, a.x * f.x), fmaf(q.y, f.w, a.y * f.z),
                           fmaf(q.z, f.y, a.z * f.x), fmaf(q.w, f.w, a.w * f.z));
         }

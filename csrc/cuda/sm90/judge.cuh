@@ -1,5 +1,5 @@
 // The warp of a thread block that judges batches, which of their steps changed the output little or
-// left little, and finds the end from the verdicts of all thread blocks.
+// left little, finds the end from the verdicts of all thread blocks, and tells how much was read.
 #pragma once
 
 #include "cuda/sm90/exchange.cuh"
@@ -21,6 +21,7 @@ class Judge {
         sizes_(plan.layout.sizes),
         exchange_(exchange),
         shared_(shared),
+        item_(item),
         thresholds_(thresholds_of(params, item.kv_head)),
         num_steps_(item.steps.num_steps),
         lane_(threadIdx.x % 32),
@@ -28,6 +29,18 @@ class Judge {
         first_compared_(item.steps.num_start_steps > 1 ? item.steps.num_start_steps : 1),
         rank_(rank),
         batch_(rank) {}
+
+  // What there is once an item; when it has ended.
+  __device__ void write_result(int32_t index) const {
+    // The word that told this warp, or came from it and may still be on its way.
+    const int32_t stop = stop_ != 0 ? stop_ : shared_.stop;
+    const int32_t num_steps = stop != 0 ? stop : num_steps_, last = num_steps - 1;
+    const int32_t units = num_steps == 0 ? 0 : item_.steps.positions(last).end;
+    const int32_t tokens = tokens_in(params_, item_, units);
+    if (lane_ != 0) return;
+    params_.tokens_read[index] = tokens;
+    params_.stop_block[index] = stop != 0 ? item_.steps.block_of(last) : -1;
+  }
 
   // Judges every batch that is this thread block's turn, and takes note of all verdicts, until the
   // item ends.
@@ -40,8 +53,9 @@ class Judge {
           __all_sync(~0u, moments(batch_).is_over(exchange_.inbox_parity(batch_)))) {
         judge();
         batch_ += plan_.blocks();
+      } else if (!take_verdict()) {
+        __nanosleep(plan_.pause_ns);
       }
-      take_verdict();
     }
   }
 
@@ -76,9 +90,9 @@ class Judge {
 
   // Takes note of the next verdict if it is there. If reading goes on after it, the batch's ring
   // slots are free as soon as it is folded.
-  __device__ void take_verdict() {
+  __device__ bool take_verdict() {
     const uint32_t verdict = __shfl_sync(~0u, shared_.verdicts[sizes_.ring_place(num_known_)], 0);
-    if ((verdict ^ verdict_on(num_known_, 0)) >> kVerdictBits != 0) return;
+    if ((verdict ^ verdict_on(num_known_, 0)) >> kVerdictBits != 0) return false;
     const int32_t first = num_known_ << sizes_.batch_log2, count = steps_of(num_known_);
     const int32_t first_row = first_compared_ > first ? first_compared_ - first : 0;
     const int32_t last =
@@ -92,7 +106,11 @@ class Judge {
         send_word(remote_address(&shared_.known[rank_], lane_), num_known_);
       }
     }
-    if (last >= 0) num_known_ = num_batches_;
+    if (last >= 0) {
+      num_known_ = num_batches_;
+      stop_ = first + last + 1;
+    }
+    return true;
   }
 
   // The step of a batch that ends the item, or -1; by patience alone, or by both rules. `verdict`
@@ -186,6 +204,7 @@ class Judge {
   const CudaExchange& sizes_;
   const Exchange& exchange_;
   Shared& shared_;
+  const Item& item_;
   const StabilityThresholds thresholds_;
   const int32_t num_steps_;
   const int lane_;
@@ -194,6 +213,7 @@ class Judge {
   const int32_t rank_;
   int32_t batch_;          // the next one of this thread block
   int32_t num_known_ = 0;  // verdicts that were taken note of
+  int32_t stop_ = 0;       // as Shared::stop, if this warp has found it
   PatienceCounter patience_;
 };
 

@@ -45,20 +45,25 @@ ART_HD constexpr int slices_of_block(int slices, int blocks) {
   return (slices + blocks - 1) / blocks;
 }
 
-// What a thread block keeps of the results sent to it, in pieces of 16 bytes: a ring of steps,
-// each [local slice][row % 8][head pair] of values and [head pair] of softmax states; and an inbox
-// of moments, [batch][slice][head of the pair][step][head pair].
+// What a thread block keeps of the results sent to it, in pieces of 16 bytes: a ring of steps, the
+// values of each [local slice][row % 8][head pair] and the softmax states [head pair][step]; and an
+// inbox of moments, [batch][slice][head of the pair][step][head pair].
 struct ExchangeLayout {
   int32_t pairs;  // of heads
   int32_t local;  // slices that a thread block folds at most
   int32_t slices;
   CudaExchange sizes;
 
-  ART_HD int32_t slot_pieces() const { return (8 * local + 1) * pairs; }
+  ART_HD int32_t value_pieces() const { return 8 * local * pairs; }  // of a step
+  ART_HD int32_t num_slots() const { return sizes.batch_steps() << sizes.ring_log2; }
+  // Of a head pair; odd, so that pairs meet different banks.
+  ART_HD int32_t state_pieces() const { return num_slots() + 1; }
+  ART_HD int32_t ring_pieces() const {
+    return num_slots() * value_pieces() + state_pieces() * pairs;
+  }
   ART_HD int32_t inbox_pieces() const { return 2 * slices * sizes.batch_steps() * pairs; }
   ART_HD int32_t bytes() const {
-    return 16 * ((sizes.batch_steps() * slot_pieces() << sizes.ring_log2) +
-                 (inbox_pieces() << sizes.inbox_log2));
+    return 16 * (ring_pieces() + (inbox_pieces() << sizes.inbox_log2));
   }
 };
 
@@ -68,6 +73,8 @@ struct ClusterPlan {
   // longer, and they do that in turn.
   int32_t sharers_log2;
   int32_t producers;  // producing warps that have work, of those that a thread block has
+  // How long folding, weighing and judging warps look away when there is nothing for them to do.
+  uint32_t pause_ns;
   ExchangeLayout layout;
 
   ART_HD int32_t blocks() const { return 1 << blocks_log2; }

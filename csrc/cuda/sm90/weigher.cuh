@@ -1,15 +1,22 @@
 // The warp of a thread block that waits for results and forms the scalars of folding them.
 #pragma once
 
+#include <cfloat>
+
 #include "core/item.h"
+#include "cuda/exponential.cuh"
 #include "cuda/sm90/exchange.cuh"
 
 namespace art::cuda::sm90 {
 
+// A chain over all steps of an item, and so what bounds a cluster whose thread blocks have little
+// to do: each lane has one head and takes the steps of a batch by itself. That is fewer
+// instructions than to share them out and to exchange what the lanes find.
 template <int kDim, int kHeadTiles>
 class Weigher {
   using Shared = ExchangeShared<kDim, kHeadTiles>;
   static constexpr int kSlices = num_slices(kDim);
+  static_assert(2 * kLanePairs * kHeadTiles <= 32);
 
  public:
   __device__ Weigher(const ClusterPlan& plan, const Exchange& exchange, Shared& shared,
@@ -20,7 +27,6 @@ class Weigher {
         shared_(shared),
         num_steps_(item.steps.num_steps),
         lane_(threadIdx.x % 32),
-        row_(lane_ / 4),
         num_batches_(sizes_.num_batches(num_steps_)),
         step_bytes_(exchange.step_bytes((kSlices - rank + plan.blocks() - 1) >> plan.blocks_log2)) {
   }
@@ -34,13 +40,14 @@ class Weigher {
       Barrier& full = shared_.full[sizes_.ring_place(batch_)];
       while (!__all_sync(~0u, full.is_over(sizes_.ring_parity(batch_)))) {
         if (__any_sync(~0u, shared_.stop != 0)) return;
+        __nanosleep(plan_.pause_ns);
       }
-      if (lane_ == 0) expect(batch_ + sizes_.ring_batches());
-      StepTable<kHeadTiles>& table = shared_.tables[sizes_.ring_place(batch_)];
-#pragma unroll
-      for (int ht = 0; ht < kHeadTiles; ++ht) weigh(ht, table);
+      if (lane_ < 2 * plan_.layout.pairs) weigh();
       __syncwarp();
-      if (lane_ == 0) shared_.weighed[sizes_.ring_place(batch_)].arrive();
+      if (lane_ == 0) {
+        shared_.weighed[sizes_.ring_place(batch_)].arrive();
+        expect(batch_ + sizes_.ring_batches());
+      }
     }
   }
 
@@ -67,58 +74,45 @@ class Weigher {
     shared_.full[sizes_.ring_place(batch)].arrive_and_expect(steps_of(batch) * step_bytes_);
   }
 
-  // Each row of lanes forms the scalars of its step, for the heads of one pair. Rows past the end
-  // of the batch change nothing.
-  __device__ void weigh(int ht, StepTable<kHeadTiles>& table) {
-    const int pair = kLanePairs * ht + lane_ % 4;
-    const bool exists = row_ < steps_of(batch_) && pair < plan_.layout.pairs;
-    const float4 sent = exists ? *exchange_.states((batch_ << sizes_.batch_log2) + row_, pair)
-                               : make_float4(-INFINITY, 0.0f, -INFINITY, 0.0f);
-    const SoftmaxState incoming[2] = {{sent.x, sent.y}, {sent.z, sent.w}};
-    SoftmaxState after[2];
-    FoldFactors factors[2];
+  // The scalars of the batch at hand for the lane's head. Steps past its end change nothing.
+  __device__ void weigh() {
+    const int32_t pair = lane_ / 2;
+    const float2* states =
+        reinterpret_cast<const float2*>(exchange_.states(batch_ << sizes_.batch_log2, pair)) +
+        lane_ % 2;
+    StepTable<kHeadTiles>& table = shared_.tables[sizes_.ring_place(batch_)];
+    const int32_t count = steps_of(batch_);
+    float2 sent[kBatchSteps];
+    if (count == kBatchSteps) {
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const float before = states_[ht][column].max;
-      float max = incoming[column].max;
+      for (int i = 0; i < kBatchSteps; ++i) sent[i] = states[2 * i];
+    } else {
 #pragma unroll
-      for (int other = 4; other <= 16; other *= 2) {
-        const float earlier = __shfl_up_sync(~0u, max, other);
-        if (lane_ >= other) max = fmaxf(max, earlier);
+      for (int i = 0; i < kBatchSteps; ++i) {
+        sent[i] = i < count ? states[2 * i] : make_float2(-INFINITY, 0.0f);
       }
-      max = fmaxf(max, before);
-      const float last = __shfl_up_sync(~0u, max, 4);
-      // We don't want (-inf) - (-inf), since that would give NaN.
-      const float reference = max == -INFINITY ? 0.0f : max;
-      factors[column] = {expf((row_ == 0 ? before : last) - reference),
-                         expf(incoming[column].max - reference)};
-      after[column] = {max, states_[ht][column].sum};
     }
-    table.factors[ht][row_][lane_ % 4] = make_float4(factors[0].running, factors[0].incoming,
-                                                     factors[1].running, factors[1].incoming);
-    table.sums[ht][row_][lane_ % 4] =
-        make_float4(factors[0].running, incoming[0].sum * factors[0].incoming, factors[1].running,
-                    incoming[1].sum * factors[1].incoming);
-    __syncwarp();
-    float before[2] = {};
 #pragma unroll
     for (int i = 0; i < kBatchSteps; ++i) {
-      const float4 part = table.sums[ht][i][lane_ % 4];
-      if (i > row_) continue;
-      before[0] = after[0].sum, before[1] = after[1].sum;
-      after[0].sum = fmaf(after[0].sum, part.x, part.y);
-      after[1].sum = fmaf(after[1].sum, part.z, part.w);
+      const float before = state_.max;
+      state_.max = fmaxf(before, sent[i].x);
+      // We don't want (-inf) - (-inf), since that would give NaN.
+      const float reference = fmaxf(state_.max, -FLT_MAX);
+      const FoldFactors factors = {exp2_approximate((before - reference) * kLog2e),
+                                   exp2_approximate((sent[i].x - reference) * kLog2e)};
+      const float earlier = state_.sum * factors.running, mass = sent[i].y * factors.incoming;
+      state_.sum = fmaf(state_.sum, factors.running, mass);
+      at(table.factors, i, pair) = make_float2(factors.running, factors.incoming);
+      at(table.sums, i, pair) = make_float2(earlier, mass);
+      at(table.states, i, pair) = make_float2(state_.max, state_.sum);
     }
-    table.states[ht][row_][lane_ % 4] =
-        make_float4(after[0].max, after[0].sum, after[1].max, after[1].sum);
-    __syncwarp();  // all rows have read the factors that make room for the earlier mass
-    float4& sums = table.sums[ht][row_][lane_ % 4];
-    sums.x = before[0] * factors[0].running, sums.z = before[1] * factors[1].running;
-#pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      states_[ht][column] = {__shfl_sync(~0u, after[column].max, 28 + lane_ % 4),
-                             __shfl_sync(~0u, after[column].sum, 28 + lane_ % 4)};
-    }
+  }
+
+  // The lane's half of what the table has of a step.
+  __device__ float2& at(float4 (&rows)[kHeadTiles][kBatchSteps][kLanePairs], int step,
+                        int32_t pair) const {
+    float4& both = rows[pair / kLanePairs][step][pair % kLanePairs];
+    return reinterpret_cast<float2*>(&both)[lane_ % 2];
   }
 
   const ClusterPlan& plan_;
@@ -126,11 +120,11 @@ class Weigher {
   const Exchange& exchange_;
   Shared& shared_;
   const int32_t num_steps_;
-  const int lane_, row_;
+  const int lane_;
   const int32_t num_batches_;
   const uint32_t step_bytes_;  // of one step's result for this thread block
   int32_t batch_ = 0;          // the next one to be waited for
-  SoftmaxState states_[kHeadTiles][2];
+  SoftmaxState state_;         // of the lane's head
 };
 
 }  // namespace art::cuda::sm90
