@@ -18,7 +18,8 @@ stopping are the operator's there too. Texts and their licences: data/README.md.
     top-1    how often the likeliest next token is the exact model's.
     found    facts lie at nine depths of a document. A fact counts if the exact model completes its
              sentence with it, token by token, greedily; then it is found or not by a setting. Of
-             the beginning of the sentence all but the last token is prefilled.
+             the beginning of the sentence all but the last token is prefilled. Margins say by how
+             many nats the fact is likelier than anything else, at its worst token.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TUNING_WINDOWS = 2  # per text, at most
 LEVERS = (
     Setting("guided", ResidualMass(0.2)),
     Setting("guided", ResidualMass(0.25)),
-    Setting("guided", matching(0.045, 1) & ResidualMass(0.2)),
+    Setting("guided", PRESETS["quality"] & ResidualMass(0.1)),
 )
 PAPER = (
     Setting("oldest_first", Stability.paper()),

@@ -99,27 +99,32 @@ class Measurement:
         for setting in (EXACT, *task.settings):
             if task.key(case, setting) in done:
                 continue
-            results = [self._find(document, fact, setting) for fact in facts]
+            margins, reads = zip(
+                *(self._find(document, fact, setting) for fact in facts), strict=True
+            )
             measured = {
-                "read": round(sum(read for _, read in results) / len(results), 5),
-                "found_at": [int(found) for found, _ in results],
+                "read": round(sum(reads) / len(reads), 5),
+                "margins": [round(margin, 3) for margin in margins],
             }
             self._emit(task, case, setting, measured)
 
     def _find(
         self, document: Document, fact: tuple[str, str], setting: Setting
-    ) -> tuple[bool, float]:
-        """Whether the greedy continuation of the beginning is the fact; and the share read.
+    ) -> tuple[float, float]:
+        """By how many nats the fact is the greedy continuation of its beginning; and the share read.
 
-        It is if every token of the fact is the likeliest one after the tokens before it. All but
-        the last token of the beginning are prefilled, as prompts are.
+        Of the fact's tokens after those before it, the least that one is likelier than all others:
+        below 0, the fact is not found. All but the last token of the beginning are prefilled, as
+        prompts are.
         """
         prompt = guided_texts.encode(self.tokenizer, fact[0])
         answer = guided_texts.encode(self.tokenizer, " ".join(fact))[len(prompt) :]
         with self.forcing.aside(document, prompt[:-1]):
             steps = torch.cat((prompt[-1:], answer[:-1]))
             logits, read = self.forcing.force(document, steps, rule_of(setting))
-        return bool((logits.argmax(-1) == answer).all()), read
+        own = logits.gather(-1, answer[:, None])[:, 0]
+        others = logits.scatter(-1, answer[:, None], -torch.inf).amax(-1)
+        return float((own - others).min()), read
 
     def _emit(self, task: Task, case: str, setting: Setting, measured: Row) -> None:
         row = {"case": case, "text": task.text, "window": task.window, "impl": setting.name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +59,38 @@ def of_texts(rows: list[Row], names: Iterable[str]) -> list[Row]:
     return [row for row in rows if row["text"] in kept and "kl" in row]
 
 
-def needles(rows: list[Row]) -> dict[tuple[str, str], tuple[int, int, float]]:
-    """Per case and setting: facts found, of those the exact model finds, and the share read."""
-    rows = [row for row in rows if "found_at" in row]
+@dataclass(frozen=True)
+class Facts:
+    """Facts that the exact model finds, and what became of them."""
+
+    found: int
+    of: int
+    lost: list[float]  # margins by which the exact model finds those that are not found, in nats
+    read: float
+
+
+def needles(rows: list[Row]) -> dict[tuple[str, str], Facts]:
+    """Per case and setting."""
+    rows = [row for row in rows if "margins" in row]
     exact = {
-        (row["case"], row["text"], row["window"]): row["found_at"]
+        (row["case"], row["text"], row["window"]): row["margins"]
         for row in rows
         if row["impl"] == "exact"
     }
-    counts = {}
+    facts = {}
     for (case, impl), group in grouped(rows, "case", "impl").items():
         pairs = [
-            (found, known)
+            (margin, known)
             for row in group
-            for found, known in zip(
-                row["found_at"], exact[case, row["text"], row["window"]], strict=True
+            for margin, known in zip(
+                row["margins"], exact[case, row["text"], row["window"]], strict=True
             )
+            if known > 0
         ]
-        hits = sum(found for found, known in pairs if known)
+        lost = sorted(known for margin, known in pairs if margin <= 0)
         read = float(np.mean([row["read"] for row in group]))
-        counts[case, impl] = hits, sum(known for _, known in pairs), read
-    return counts
+        facts[case, impl] = Facts(len(pairs) - len(lost), len(pairs), lost, read)
+    return facts
 
 
 def summaries(rows: list[Row]) -> list[Row]:
@@ -88,8 +100,8 @@ def summaries(rows: list[Row]) -> list[Row]:
         for (case, impl), group in grouped(of_texts(rows, names), "case", "impl").items():
             mean = {key: float(f"{value:.4g}") for key, value in summary(group).items()}
             result.append({"texts": kind, "case": case, "impl": impl, **mean})
-    for (case, impl), (hits, known, read) in needles(rows).items():
-        result.append({"case": case, "impl": impl, "found": hits, "of": known, "read": read})
+    for (case, impl), facts in needles(rows).items():
+        result.append({"case": case, "impl": impl, **asdict(facts)})
     return result
 
 
@@ -138,16 +150,24 @@ def _fidelity_table(title: str, rows: list[Row], label: Callable[[str], str]) ->
 
 
 def _needle_table(
-    found: dict[tuple[str, str], tuple[int, int, float]], label: Callable[[str], str]
+    found: dict[tuple[str, str], Facts], label: Callable[[str], str]
 ) -> Table:
     table = Table(title="Facts found, of those that the exact model finds", box=SIMPLE)
     table.add_column("context")
     table.add_column("walk and rule")
     table.add_column("found", justify="right")
     table.add_column("read", justify="right")
+    table.add_column("exact margins of those lost, nats")
     for case, impl in sorted(found, key=lambda key: (length_of(key[0]), key[1])):
-        hits, known, read = found[case, impl]
-        table.add_row(f"S{length_of(case)}", label(impl), f"{hits} of {known}", f"{read:.1%}")
+        facts = found[case, impl]
+        lost = " ".join(f"{margin:.2g}" for margin in facts.lost[:6])
+        table.add_row(
+            f"S{length_of(case)}",
+            label(impl),
+            f"{facts.found} of {facts.of}",
+            f"{facts.read:.1%}",
+            lost + (" ..." if len(facts.lost) > 6 else ""),
+        )
     return table
 
 

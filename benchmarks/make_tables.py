@@ -213,6 +213,7 @@ def guided_labels(results: Results) -> dict[str, str]:
         "exact": "exact",
         **{f"guided {rule}": f"`guided`, `{name}`" for name, rule in rules.items()},
         "guided mass 0.2": "`guided`, `ResidualMass(0.2)`",
+        f"guided {rules['quality']} and mass 0.1": "`guided`, `quality` and `ResidualMass(0.1)`",
         f"sink_recent {rules['balanced']}": "`sink_recent`, rule of `balanced`",
         f"oldest_first {rules['balanced']}": "`oldest_first` (the paper's), rule of `balanced`",
         "oldest_first (1e-07, 0.001, 5)": "`oldest_first`, `Stability.paper()`",
