@@ -111,7 +111,7 @@ class Measurement:
     def _find(
         self, document: Document, fact: tuple[str, str], setting: Setting
     ) -> tuple[float, float]:
-        """By how many nats the fact is the greedy continuation of its beginning; and the share read.
+        """By how many nats the fact is the greedy continuation of its beginning; the share read.
 
         Of the fact's tokens after those before it, the least that one is likelier than all others:
         below 0, the fact is not found. All but the last token of the beginning are prefilled, as
