@@ -149,9 +149,7 @@ def _fidelity_table(title: str, rows: list[Row], label: Callable[[str], str]) ->
     return table
 
 
-def _needle_table(
-    found: dict[tuple[str, str], Facts], label: Callable[[str], str]
-) -> Table:
+def _needle_table(found: dict[tuple[str, str], Facts], label: Callable[[str], str]) -> Table:
     table = Table(title="Facts found, of those that the exact model finds", box=SIMPLE)
     table.add_column("context")
     table.add_column("walk and rule")
