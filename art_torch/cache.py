@@ -9,7 +9,6 @@ about models; ``art_torch.integrations`` does.
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -19,12 +18,11 @@ from torch import Tensor
 
 from art_torch.code_table import CodeTable
 from art_torch.guided import require_guided_device
-from art_torch.page_map import IntArray, PageMap
+from art_torch.page_map import BoolArray, IntArray, PageMap
 from art_torch.page_storage import CacheMemoryError, MemoryBudget, PageStorage
+from art_torch.static_lengths import StaticLengths
 
 __all__ = ["BoolArray", "CacheMemoryError", "MemoryBudget", "PageStorage", "PageTable", "Step"]
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Step(NamedTuple):
@@ -63,9 +61,7 @@ class PageTable:
         padded_len: Tokens per row as the caller counts them.
         record_past: Keep everything until :meth:`crop`, so that several passes can be undone.
         step: The last forward pass.
-        static_len: Length for which :meth:`preallocate` made room, 0 otherwise.
-        padded_tensor: Then int64 ``[]``, ``padded_len`` as a tensor.
-        static_slots: Then int64 ``[batch]``, slots of the tokens counted by :meth:`advance`.
+        static: After :meth:`preallocate`, what counts instead; None otherwise.
     """
 
     def __init__(
@@ -81,9 +77,8 @@ class PageTable:
         self.pages.reset(batch)
         if self.codes is not None:
             self.codes.reset(batch)
-        self.padded_len = self.static_len = 0
-        self.padded_tensor: Tensor | None = None
-        self.static_slots: Tensor | None = None
+        self.padded_len = 0
+        self.static: StaticLengths | None = None
         self._real: BoolArray | None = None  # [batch, padded_len], only if a pad was ever seen
         self._kept_from: IntArray = np.zeros(batch, np.int64)  # first stored token
         self._lens: npt.NDArray[np.int32] = np.zeros(batch, np.int32)
@@ -133,6 +128,11 @@ class PageTable:
         """Bytes of the pages that hold tokens, and of their key codes."""
         codes = 0 if self.codes is None else self.codes.groups.bytes_in_use
         return self.pages.bytes_in_use + codes
+
+    @property
+    def static_len(self) -> int:
+        """Length for which :meth:`preallocate` made room, 0 otherwise."""
+        return 0 if self.static is None else self.static.length
 
     @property
     def has_pads(self) -> bool:
@@ -376,14 +376,14 @@ class PageTable:
         clone = object.__new__(type(self))
         vars(clone).update(vars(self))
         memo[id(self)] = clone
-        copied = ("pages", "codes", "_lens", "_kept_from", "_real", "padded_tensor", "static_slots")
-        for name in copied:
+        for name in ("pages", "codes", "_lens", "_kept_from", "_real"):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.block_table, clone.seq_lens = self.block_table.clone(), self.seq_lens.clone()
-        if clone.padded_tensor is not None:
-            clone.padded_tensor._art_table = weakref.ref(clone)  # type: ignore[attr-defined]
         clone._changed()
         clone._publish()
+        if self.static is not None:
+            clone.seq_lens.copy_(self.seq_lens)  # the arrays need not know the last lengths
+            clone._make_static(self.static.length, int(self.static.padded_len))
         return clone
 
     def __reduce__(self) -> NoReturn:
@@ -435,98 +435,24 @@ class PageTable:
             self.codes.grow(None, np.full_like(end, length))
         self._changed()
         self._publish()
-        self.padded_tensor = torch.tensor(self.padded_len, dtype=torch.int64, device=self.device)
-        self.padded_tensor._art_table = weakref.ref(self)  # type: ignore[attr-defined]
-        self.static_slots = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
-        if self.codes is not None:
-            self.codes.coded_lens = self.seq_lens.clone()
-        self.static_len, self._mask_checked = length, False
-        self._mark_static()
+        self._make_static(length, self.padded_len)
 
-    def _mark_static(self) -> None:
-        """Tells compilers which tensors keep their place, for graphs that write to them."""
-        if self.device.type == "cpu":
-            return
-        tensors = [self.block_table, self.seq_lens, self.padded_tensor, self.static_slots]
-        for storage in self.pages.storages:
-            tensors += [storage.key_cache, storage.value_cache, *storage.scales.values()]
-        if self.codes is not None:
-            tensors += [self.codes.code_table, self.codes.coded_lens]
-            tensors += [storage.key_codes for storage in self.codes.groups.storages]
-        for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor, guard=False)
-
-    def check_mask(self, mask: Tensor) -> None:
-        """Checks the mask of a step while lengths are tensors.
-
-        On a GPU that waits for it, so there only the first mask is looked at: ``generate`` appends
-        to it. Its length is checked always.
-
-        Args:
-            mask: bool ``[batch, tokens]``, False for a pad, the new token included.
-
-        Raises:
-            ValueError: It hides other tokens than the pads, which were not stored, does not cover
-                the new token, or shows more than there is room for.
-        """
-        tokens, real = mask.shape[1], self._real
-        known = 0 if real is None else real.shape[1]
-        pads = 0 if real is None else int((~real).sum(1).min())
-        if tokens - pads > self.static_len:
-            raise ValueError(
-                f"this ARTCache has room for {self.static_len} tokens a row, and a row would have "
-                f"{tokens - pads}: pass a larger max_length"
-            )
-        if self._mask_checked and mask.device.type != "cpu":
-            return
-        self._mask_checked = True
-        assert self.padded_tensor is not None
-        if tokens <= (start := int(self.padded_tensor)):
-            raise ValueError(
-                f"attention_mask must cover the {start} tokens of the cache and the new one, got "
-                f"{tokens} columns"
-            )
-        seen = mask.cpu().numpy()
-        agrees = real is None or np.array_equal(seen[:, :known], real)
-        if not agrees or not seen[:, known:].all():
-            raise ValueError(
-                "a step on a preallocated ARTCache sees all tokens that are stored, and this "
-                "attention mask hides some of them: crop() or reset() the cache instead"
-            )
-
-    def advance(self) -> None:
-        """Counts one token per row, with tensor arithmetic only; sets ``static_slots``."""
-        assert self.padded_tensor is not None
-        assert self.static_slots is not None
-        position = self.seq_lens.to(torch.int64)
-        # Entries behind those pages may be any.
-        torch._assert_async(
-            (position < self.static_len).all(),
-            f"a row of this ARTCache has no room left: it was preallocated for {self.static_len}; "
-            "pass a larger max_length",
+    def _make_static(self, length: int, padded_len: int) -> None:
+        tensors = self.block_table, self.seq_lens
+        self.static = StaticLengths(
+            length, self.page_size, padded_len, self._real, *tensors, self.codes
         )
-        entry = torch.div(position, self.page_size, rounding_mode="floor")
-        page = self.block_table.gather(1, entry[:, None])[:, 0].to(torch.int64)
-        # In place: a recorded graph writes to the tensors that it was recorded with.
-        self.static_slots.copy_(page * self.page_size + position % self.page_size)
-        if (codes := self.codes) is not None:
-            if codes.coded_lens is None:
-                codes.coded_lens = self.seq_lens.clone()
-            else:
-                codes.coded_lens.copy_(self.seq_lens)
-        self.seq_lens.add_(1)
-        self.padded_tensor.add_(1)
+        self.static.mark_addresses(self.pages.storages)
 
     def leave_static(self) -> None:
         """Takes the lengths back from the tensors."""
-        if not self.static_len:
+        if self.static is None:
             return
-        assert self.padded_tensor is not None
-        new = int(self.padded_tensor) - self.padded_len
+        new = int(self.static.padded_len) - self.padded_len
         self._append_real(new, None)
         self._lens[:] = self.seq_lens.cpu().numpy()
         self.padded_len += new
-        self.static_len, self.padded_tensor, self.static_slots = 0, None, None
+        self.static = None
         if self.codes is not None:
             self.codes.truncate(self._lens.astype(np.int64))
         # A compiler may have copied what append_kv was to write: our own writes as well.

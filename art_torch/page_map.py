@@ -12,8 +12,9 @@ import torch
 
 from art_torch.page_storage import NULL_PAGE, GrowingPool, MemoryBudget
 
-__all__ = ["IntArray", "PageMap"]
+__all__ = ["BoolArray", "IntArray", "PageMap"]
 
+BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 Storage = TypeVar("Storage", bound=GrowingPool)
 

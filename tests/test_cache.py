@@ -282,15 +282,15 @@ def test_lengths_as_tensors():
     model.rows = [model.rows[0], model.rows[1], model.rows[1]]
     model.table.preallocate(50)
     for _ in range(20):
-        model.table.advance()
+        model.table.static.advance()
         new = torch.randn(3, 2, HEADS, DIM + VALUE_DIM, generator=model.generator)
         for layer, storage in enumerate(model.table.pages.storages):
             caches = storage.key_cache, storage.value_cache
             append_kv(
-                new[:, layer, :, :DIM], new[:, layer, :, DIM:], *caches, model.table.static_slots
+                new[:, layer, :, :DIM], new[:, layer, :, DIM:], *caches, model.table.static.slots
             )
         model.rows = [torch.cat([row, new[i : i + 1]]) for i, row in enumerate(model.rows)]
-    assert int(model.table.padded_tensor) == 50
+    assert int(model.table.static.padded_len) == 50
     model.table.leave_static()
     assert model.table.padded_len == 50
     model.check()
@@ -336,10 +336,10 @@ def test_preallocate_claims_what_it_says(window):
         model.check()
         model.table.preallocate(length)
         for _ in range(25):
-            model.table.advance()
+            model.table.static.advance()
             new = torch.randn(3, 2, HEADS, DIM + VALUE_DIM, generator=model.generator)
             for layer, storage in enumerate(model.table.pages.storages):
                 caches = storage.key_cache, storage.value_cache
-                part, slots = new[:, layer], model.table.static_slots
+                part, slots = new[:, layer], model.table.static.slots
                 append_kv(part[..., :DIM], part[..., DIM:], *caches, slots)
             model.rows = [torch.cat([row, new[i : i + 1]]) for i, row in enumerate(model.rows)]

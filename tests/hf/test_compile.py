@@ -138,15 +138,15 @@ def test_a_longer_preallocation_that_does_not_fit_leaves_the_shorter_one(tiny):
     with art_torch.patch(model, None):
         cache = filled(model, prompt(2, 60))
         cache.preallocate(100)
-        before = [(table.static_len, table.padded_tensor) for table in cache.tables.values()]
+        before = [table.static for table in cache.tables.values()]
         cache.budget.max_bytes = cache.budget.used_bytes
         with pytest.raises(MemoryError, match="pass a larger max_bytes"):
             cache.preallocate(900)
         with pytest.raises(ValueError, match="at least the 60 tokens"):
             cache.preallocate(59)
-    after = [(table.static_len, table.padded_tensor) for table in cache.tables.values()]
-    assert [a[0] for a in after] == [100, 100]
-    assert all(a[1] is b[1] for a, b in zip(after, before, strict=True))
+    after = [table.static for table in cache.tables.values()]
+    assert [lengths.length for lengths in after] == [100, 100]
+    assert all(a is b for a, b in zip(after, before, strict=True))
 
 
 def filled(model, ids):

@@ -355,11 +355,10 @@ def _decode_dense(
 
 def _dense_now(settings: LayerSettings, layer: ARTLayer) -> Tensor | None:
     """Bool ``[]``: whether a step on a preallocated cache reads everything; None if it never is."""
-    table = layer.table
-    if settings.dense_every is None or not table.static_len:
+    static = layer.table.static
+    if settings.dense_every is None or static is None:
         return None  # plan_paged knows
-    assert table.padded_tensor is not None
-    return table.padded_tensor % settings.dense_every == 0
+    return static.padded_len % settings.dense_every == 0
 
 
 def call_operator(

@@ -17,6 +17,7 @@ from art_torch.cache import BoolArray, CacheMemoryError, PageTable, Step
 from art_torch.code_table import CodeStorage
 from art_torch.evicted import EvictedTable
 from art_torch.guided import encode_keys, key_code_bytes
+from art_torch.integrations.transformers.fits import check_dtype, check_fits, fits_dtype
 from art_torch.integrations.transformers.masks import NO_KEYS
 from art_torch.integrations.transformers.new_keys import NewKeys
 from art_torch.ops import append_kv
@@ -173,17 +174,16 @@ class ARTLayer(CacheLayerMixin):
         if isinstance(table, EvictedTable):
             key, value = (new.flatten(0, 1).unsqueeze(1) for new in (key, value))
             real = None if real is None else real.repeat(table.num_kv_heads, axis=0)
-        if table.static_len:
-            self._check_dtype(key)
+        if (static := table.static) is not None:
+            check_dtype(self.storage, key)
             if key.shape[2] != 1:
                 raise RuntimeError(
                     f"a preallocated ARTCache takes one token per row, got {key.shape[2]} with a "
                     "mask of their own: crop(0) goes back to passes of any length"
                 )
             if self.leads:
-                table.advance()
-            slots = table.static_slots
-            assert slots is not None
+                static.advance()
+            slots = static.slots
         else:
             slots = self._join_step(key, value, real).slots
         self._write(key, value, slots)
@@ -206,7 +206,7 @@ class ARTLayer(CacheLayerMixin):
     def _join_step(self, key: Tensor, value: Tensor, real: BoolArray | None) -> Step:
         table, tokens = self.table, key.shape[2]
         self._leave_unfit_pages(key)
-        self._check_fits(key)
+        check_fits(table, self.storage, key)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         self._join_codes()
@@ -227,46 +227,11 @@ class ARTLayer(CacheLayerMixin):
         if self.storage is None or self.padded_len:
             return
         table, pages = self.table, self.table.pages
-        if not table.padded_len and table.device == key.device and not self._fits_dtype(key):
+        unfit = table.device == key.device and not fits_dtype(self.storage, key)
+        if unfit and not table.padded_len:
             pages.drop_storages()
         if self.storage not in pages.storages:
             self.storage, self.is_initialized = None, False
-
-    def _fits_dtype(self, key: Tensor) -> bool:
-        storage = self.storage
-        return (
-            storage is None
-            or key.dtype == storage.dtype
-            or torch.is_autocast_enabled(key.device.type)  # then they are converted
-        )
-
-    def _check_dtype(self, key: Tensor) -> None:
-        if not self._fits_dtype(key):
-            assert self.storage is not None
-            raise ValueError(
-                f"this ARTCache holds keys of {self.storage.dtype}: expected the same, got "
-                f"{key.dtype}; make a new ARTCache for a model of another dtype, or reset() this "
-                "one"
-            )
-
-    def _check_fits(self, key: Tensor) -> None:
-        table, storage = self.table, self.storage
-        if table.pages.storages and table.device != key.device:
-            raise ValueError(
-                f"an ARTCache lives on one device: its pages are on {table.device}, and these keys "
-                f"are on {key.device}; make a new cache after moving a model, and use a "
-                "DynamicCache for a model whose layers are on different devices"
-            )
-        if storage is None:
-            return
-        held, got = (storage.num_kv_heads, storage.head_dim), (key.shape[1], key.shape[3])
-        if held != got:
-            raise ValueError(
-                f"this ARTCache holds {held[0]} KV heads of {held[1]} in this layer, and these "
-                f"keys have {got[0]} of {got[1]}: it was used by another model; make one for each, "
-                "ARTCache(model.config)"
-            )
-        self._check_dtype(key)
 
     def pages(self) -> dict[str, Tensor]:
         """Keys, values and where they are, as arguments of :func:`art_torch.decode_attention`."""
@@ -447,8 +412,8 @@ class ARTLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens per row as the model counts them, pads included (a tensor while preallocated)."""
-        if self.table.static_len:
-            return self.table.padded_tensor  # type: ignore[return-value]
+        if self.table.static is not None:
+            return self.table.static.padded_len  # type: ignore[return-value]
         return self.padded_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

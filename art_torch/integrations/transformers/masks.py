@@ -164,8 +164,8 @@ def art_mask(
             raise RuntimeError(
                 "a preallocated ARTCache takes causal attention, with a window or not"
             )
-        if attention_mask is not None and (table := getattr(q_offset, "_art_table", None)):
-            table().check_mask(attention_mask)
+        if attention_mask is not None and (lengths := getattr(q_offset, "_art_lengths", None)):
+            lengths().check_mask(attention_mask)
         return None
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size,
