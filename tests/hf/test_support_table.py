@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "support_table.py"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("support_table", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["support_table"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["support_table"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        yield importlib.import_module("support_table")
 
 
 @pytest.fixture(scope="module")
