@@ -106,7 +106,8 @@ class PageTable:
             self.block_table = torch.from_numpy(table).to(self.device)
             self.seq_lens = torch.from_numpy(self._lens).to(self.device)
         self.block_table.copy_(torch.from_numpy(table))
-        self.seq_lens.copy_(torch.from_numpy(self._lens))
+        if self.static is None:  # or only the tensor knows them
+            self.seq_lens.copy_(torch.from_numpy(self._lens))
 
     @property
     def device(self) -> torch.device:
@@ -382,7 +383,6 @@ class PageTable:
         clone._changed()
         clone._publish()
         if self.static is not None:
-            clone.seq_lens.copy_(self.seq_lens)  # the arrays need not know the last lengths
             clone._make_static(self.static.length, int(self.static.padded_len))
         return clone
 
@@ -439,10 +439,10 @@ class PageTable:
 
     def _make_static(self, length: int, padded_len: int) -> None:
         tensors = self.block_table, self.seq_lens
-        self.static = StaticLengths(
-            length, self.page_size, padded_len, self._real, *tensors, self.codes
-        )
-        self.static.mark_addresses(self.pages.storages)
+        self.static = StaticLengths(length, self.page_size, padded_len, self._real, *tensors)
+        if self.codes is not None:
+            self.codes.coded_lens = self.seq_lens.clone()
+        self.static.mark_addresses(self.pages.storages, self.codes)
 
     def leave_static(self) -> None:
         """Takes the lengths back from the tensors."""

@@ -28,7 +28,6 @@ class StaticLengths:
         real: Of these: bool ``[batch, padded_len]``, False for a pad; None if all are real.
         block_table: int32 ``[batch, max_pages]``.
         seq_lens: int32 ``[batch]``, stored tokens; counted up in place.
-        codes: The key codes, None if there are none.
 
     Attributes:
         length: As given.
@@ -46,26 +45,28 @@ class StaticLengths:
         real: BoolArray | None,
         block_table: Tensor,
         seq_lens: Tensor,
-        codes: CodeTable | None,
     ) -> None:
         self.length, self._page_size, self._real = length, page_size, real
-        self._block_table, self._seq_lens, self._codes = block_table, seq_lens, codes
+        self._block_table, self._seq_lens = block_table, seq_lens
         device = seq_lens.device
         self.padded_len = torch.tensor(padded_len, dtype=torch.int64, device=device)
         self.padded_len._art_lengths = weakref.ref(self)  # type: ignore[attr-defined]
         self.slots = torch.zeros(len(seq_lens), dtype=torch.int64, device=device)
         self._mask_checked = False
-        if codes is not None:
-            codes.coded_lens = seq_lens.clone()
 
-    def mark_addresses(self, storages: Iterable[PageStorage]) -> None:
-        """Tells compilers which tensors keep their place, for graphs that write to them."""
+    def mark_addresses(self, storages: Iterable[PageStorage], codes: CodeTable | None) -> None:
+        """Tells compilers which tensors keep their place, for graphs that write to them.
+
+        Args:
+            storages: The pages.
+            codes: The key codes, None if there are none.
+        """
         if self._seq_lens.device.type == "cpu":
             return
         tensors = [self._block_table, self._seq_lens, self.padded_len, self.slots]
         for storage in storages:
             tensors += [storage.key_cache, storage.value_cache, *storage.scales.values()]
-        if (codes := self._codes) is not None:
+        if codes is not None:
             assert codes.coded_lens is not None
             tensors += [codes.code_table, codes.coded_lens]
             tensors += [storage.key_codes for storage in codes.groups.storages]
@@ -109,8 +110,12 @@ class StaticLengths:
                 "attention mask hides some of them: crop() or reset() the cache instead"
             )
 
-    def advance(self) -> None:
-        """Counts one token per row, with tensor arithmetic only; sets ``slots``."""
+    def advance(self, codes: CodeTable | None) -> None:
+        """Counts one token per row, with tensor arithmetic only; sets ``slots``.
+
+        Args:
+            codes: The key codes, None if there are none. They get to know the lengths before.
+        """
         position = self._seq_lens.to(torch.int64)
         # Entries behind those pages may be any.
         torch._assert_async(
@@ -122,7 +127,7 @@ class StaticLengths:
         page = self._block_table.gather(1, entry[:, None])[:, 0].to(torch.int64)
         # In place: a recorded graph writes to the tensors that it was recorded with.
         self.slots.copy_(page * self._page_size + position % self._page_size)
-        if (codes := self._codes) is not None:
+        if codes is not None:
             if codes.coded_lens is None:
                 codes.coded_lens = self._seq_lens.clone()
             else:

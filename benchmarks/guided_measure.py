@@ -104,7 +104,7 @@ class Measurement:
             )
             measured = {
                 "read": round(sum(reads) / len(reads), 5),
-                "margins": [round(margin, 3) for margin in margins],
+                "margins": [float(f"{margin:.3g}") for margin in margins],
             }
             self._emit(task, case, setting, measured)
 
@@ -114,7 +114,7 @@ class Measurement:
         """By how many nats the fact is the greedy continuation of its beginning; the share read.
 
         Of the fact's tokens after those before it, the least that one is likelier than all others:
-        below 0, the fact is not found. All but the last token of the beginning are prefilled, as
+        above 0, the fact is found. All but the last token of the beginning are prefilled, as
         prompts are.
         """
         prompt = guided_texts.encode(self.tokenizer, fact[0])

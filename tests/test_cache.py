@@ -282,7 +282,7 @@ def test_lengths_as_tensors():
     model.rows = [model.rows[0], model.rows[1], model.rows[1]]
     model.table.preallocate(50)
     for _ in range(20):
-        model.table.static.advance()
+        model.table.static.advance(None)
         new = torch.randn(3, 2, HEADS, DIM + VALUE_DIM, generator=model.generator)
         for layer, storage in enumerate(model.table.pages.storages):
             caches = storage.key_cache, storage.value_cache
@@ -336,7 +336,7 @@ def test_preallocate_claims_what_it_says(window):
         model.check()
         model.table.preallocate(length)
         for _ in range(25):
-            model.table.static.advance()
+            model.table.static.advance(None)
             new = torch.randn(3, 2, HEADS, DIM + VALUE_DIM, generator=model.generator)
             for layer, storage in enumerate(model.table.pages.storages):
                 caches = storage.key_cache, storage.value_cache

@@ -101,12 +101,14 @@ def action(draw, driven: Driven) -> None:
     elif kind == "repeat" and batch < 3:
         cache.batch_repeat_interleave(2)
     elif kind == "static":
-        steps = draw(st.integers(0, 70))
-        cache.preallocate(table.longest + steps + draw(st.integers(0, 100)))
+        steps, more = draw(st.integers(0, 70)), draw(st.integers(0, 70))
+        cache.preallocate(table.longest + steps + more + draw(st.integers(0, 100)))
         for _ in range(steps):
             driven.append(batch, 1)
         if draw(st.booleans()):
             driven.switch_on()
+        for _ in range(more):
+            driven.append(batch, 1)
         if table.codes is not None:
             driven.check()
         cache.reorder_cache(torch.arange(batch))  # goes back to lengths on the host
@@ -316,6 +318,17 @@ def test_preallocation_needs_room_for_codes():
         driven.append(1, 1)
     driven.check()
     assert driven.cache.budget.used_bytes == budget_for(320)
+
+
+def test_codes_that_come_while_it_is_preallocated():
+    driven = Driven(key_codes=False)
+    driven.append(2, 200)
+    driven.cache.preallocate(400)
+    driven.append(2, 1)
+    driven.switch_on()
+    for _ in range(130):
+        driven.append(2, 1)
+    driven.check()
 
 
 def test_an_interrupted_pass_is_cropped():

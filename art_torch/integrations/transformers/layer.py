@@ -181,8 +181,9 @@ class ARTLayer(CacheLayerMixin):
                     f"a preallocated ARTCache takes one token per row, got {key.shape[2]} with a "
                     "mask of their own: crop(0) goes back to passes of any length"
                 )
+            self._join_codes()
             if self.leads:
-                static.advance()
+                static.advance(table.codes)
             slots = static.slots
         else:
             slots = self._join_step(key, value, real).slots

@@ -164,8 +164,10 @@ def art_mask(
             raise RuntimeError(
                 "a preallocated ARTCache takes causal attention, with a window or not"
             )
-        if attention_mask is not None and (lengths := getattr(q_offset, "_art_lengths", None)):
-            lengths().check_mask(attention_mask)
+        reference = getattr(q_offset, "_art_lengths", None)
+        lengths = None if reference is None else reference()
+        if attention_mask is not None and lengths is not None:
+            lengths.check_mask(attention_mask)
         return None
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size,

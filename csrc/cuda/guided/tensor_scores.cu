@@ -13,7 +13,8 @@ namespace {
 // up for it, and leave thread blocks short beside the whole;
 constexpr int32_t kWarpGroups = 16;
 // up to so many are better than thread blocks that begin when most others have ended.
-constexpr int32_t kMostWarpGroups = 64;  // and a bit for each
+constexpr int32_t kMostWarpGroups = 64;
+static_assert(kMostWarpGroups <= 64 && kMostWarpGroups % 2 == 0);  // see `doubtful`
 
 ART_HD int32_t num_tiles(int32_t group_size) { return (group_size + kTileHeads - 1) / kTileHeads; }
 
@@ -191,7 +192,8 @@ __global__ void __launch_bounds__(TensorSizes<kSteps>::kThreads, !kPacked && kSt
     sm80::wait_copies<Ring::kStages - 1>();
     __syncwarp();  // all lanes' pieces are there
     const bool is_good = score_stage.template operator()<false>(group, stage, true);
-    if (!is_good) doubtful |= uint64_t{1} << (group + own_group - groups.begin);
+    const bool is_doubtful = !is_good && group + own_group < groups.end;
+    if (is_doubtful) doubtful |= uint64_t{1} << (group + own_group - groups.begin);
     __syncwarp();  // all lanes have read it
     const int32_t next = group + Ring::kStages * kGroups;
     copy_stage(next, stage);
@@ -228,7 +230,7 @@ cudaError_t launch(const GuidedParams& params, const Workspace& space, cudaStrea
       [kernel, shared_bytes](int* blocks) {
         const cudaError_t failure =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(Ring::shared_bytes(kMaxTiles)));
+                                 static_cast<int>(Ring::shared_bytes(kPacked ? 1 : kMaxTiles)));
         if (failure != cudaSuccess) return failure;
         return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, Sizes::kThreads,
                                                              shared_bytes);

@@ -53,7 +53,7 @@ struct RecordRing {
   static constexpr int kBytes = kStages * kStageBytes;
 
   // Of a thread block.
-  static size_t shared_bytes(int32_t tiles) {
+  static constexpr size_t shared_bytes(int32_t tiles) {
     return std::max(Sizes::kWarps * kBytes + tiles * Sizes::kPairs * sizeof(QueryPair),
                     sizeof(PlainShared));
   }

@@ -32,8 +32,9 @@ constexpr int kExchangeBytes =
     16;
 
 // The computing warps, the folding ones, one that judges, one that weighs steps, and the producing
-// ones. Warps take turns with the four schedulers of a multiprocessor: without a criterion nobody
-// judges and one warp folds, and the one that weighs, which has the most to do, is not beside it.
+// ones. Every fourth warp shares a scheduler. In clusters of eight without a criterion nobody
+// judges and one warp folds; the one that weighs, which then has the most to do, is not on its
+// scheduler.
 template <int kDim>
 constexpr int kClusterThreads =
     32 * (num_cluster_workers(kDim) + kFolders + 2 + num_cluster_producers(kDim));

@@ -32,7 +32,7 @@ class Judge {
 
   // What there is once an item; when it has ended.
   __device__ void write_result(int32_t index) const {
-    // The word that told this warp, or came from it and may still be on its way.
+    // Where this warp has found the end itself, its own word may still be on its way.
     const int32_t stop = stop_ != 0 ? stop_ : shared_.stop;
     const int32_t num_steps = stop != 0 ? stop : num_steps_, last = num_steps - 1;
     const int32_t units = num_steps == 0 ? 0 : item_.steps.positions(last).end;

@@ -64,7 +64,7 @@ struct QueryTile {
                        int32_t num_heads, int thread, int num_threads) {
     const T* query = static_cast<const T*>(params.query) + batch * params.query_batch_stride +
                      first_head * params.query_head_stride;
-#pragma unroll
+#pragma unroll  // all loads are on their way before the first has arrived
     for (int i = thread; i < 8 * kHeadTiles * kDim / 2; i += num_threads) {
       const int g = i / (kDim / 2), d = 2 * (i % (kDim / 2));
       const auto* pair =
