@@ -86,7 +86,6 @@ GUIDED = {
 make_tables = benchmark_fixture("make_tables")
 gpu_points = benchmark_fixture("gpu_points")
 gpu_report = benchmark_fixture("gpu_report")
-guided_report = benchmark_fixture("guided_report")
 
 
 @pytest.fixture
@@ -221,17 +220,6 @@ def test_guided_table(make_tables, tmp_path):
     conditions = make_tables.guided_table(GUIDED).splitlines()[0]
     assert "A model; 20 windows of texts" in conditions
     assert "commit new, old." in conditions
-
-
-def test_facts_that_are_lost(guided_report):
-    row = {"case": "S1024_needles", "text": "kjv", "window": 0, "read": 1.0}
-    rows = [
-        row | {"impl": "exact", "margins": [2.5, -1.0, 0.01, 0.3]},
-        row | {"impl": "guided", "read": 0.25, "margins": [0.5, 1.0, -0.2, 0.0]},
-    ]
-    facts = guided_report.needles(rows)["S1024_needles", "guided"]
-    # One that exact attention does not find does not count; a tie is none.
-    assert facts == guided_report.Facts(found=1, of=3, lost=[0.01, 0.3], read=0.25)
 
 
 def test_gpu_section_may_lack_results(make_tables, results):

@@ -183,12 +183,13 @@ def test_interval_holds_the_mean(modules):
 def test_summaries_count_only_facts_that_the_exact_model_finds(modules):
     same = {"case": "S64_needles", "text": "kjv", "window": 0}
     rows = [
-        {**same, "impl": "exact", "read": 1.0, "found_at": [1, 1, 0]},
-        {**same, "impl": "guided", "read": 0.2, "found_at": [1, 0, 1]},
+        {**same, "impl": "exact", "read": 1.0, "margins": [2.5, 0.3, -1.0]},
+        {**same, "impl": "guided", "read": 0.2, "margins": [0.5, 0.0, 1.0]},
         {"case": "S64", "text": "kjv", "window": 0, "impl": "guided", "read": 0.1, "kl": 0.5}
         | {"kl_max": 1.0, "top1": 0.9},
     ]
     fidelity, exact, guided = modules["guided_report"].summaries(rows)
     assert (fidelity["texts"], fidelity["windows"], fidelity["kl"]) == ("held_out", 1, 0.5)
     assert (exact["found"], exact["of"]) == (2, 2)
-    assert (guided["found"], guided["of"]) == (1, 2)
+    # A tie is not found.
+    assert (guided["found"], guided["of"], guided["lost"]) == (1, 2, [0.3])
