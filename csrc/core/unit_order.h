@@ -66,15 +66,30 @@ struct ScaledMass {
   ART_HD int32_t steps(int32_t reached) const { return 64 * (exponent - 31) + reached; }
 };
 
-// In seven comparisons, for the powers ascend.
-ART_HD int32_t steps_of_mass(uint64_t mass) {
-  const ScaledMass scaled(mass);
-  int32_t reached = 0;
-  for (int32_t more = 64; more > 0; more /= 2) {
-    const int32_t next = reached + more;
-    if (next <= 64 && scaled.reaches(power_of_fraction(64 - next))) reached = next;
+// How many powers numbers from 2^31 on have reached, by their first eight bits: between two of these
+// there is one power at most.
+struct ReachedPowers {
+  static constexpr int32_t kFirst = 128, kEnd = 258;  // a ScaledMass is below 2^32 * 2^(1/128)
+  uint8_t at[kEnd - kFirst] = {};
+
+  ReachedPowers() {
+    for (int32_t i = kFirst; i < kEnd; ++i) {
+      const auto is_reached = [&](int32_t count) {
+        return uint64_t(i) << 24 >= 2 * uint64_t{power_of_fraction(64 - count)};
+      };
+      int32_t count = 0;
+      while (count < 63 && is_reached(count + 1)) ++count;
+      at[i - kFirst] = static_cast<uint8_t>(count);
+    }
   }
-  return scaled.steps(reached);
+};
+
+inline const ReachedPowers kReachedPowers;
+
+inline int32_t steps_of_mass(uint64_t mass) {
+  const ScaledMass scaled(mass);
+  const int32_t reached = kReachedPowers.at[(scaled.scaled >> 24) - ReachedPowers::kFirst];
+  return scaled.steps(reached + scaled.reaches(power_of_fraction(63 - reached)));
 }
 
 // The same as a natural logarithm, of the mass after an entry of a walk. `largest`: steps of the

@@ -121,6 +121,10 @@ ART_INLINE void store_steps(VecF steps, int16_t* to) {
   __builtin_memcpy(to, &result, sizeof(result));
 }
 
+// Groups from one that is scored to the one that is fetched meanwhile. The next is not enough where
+// a group has one query head: memory takes longer to answer than its scores.
+constexpr int32_t kFetchAhead = 2;
+
 template <class T>
 void score_units(const GuidedParams& guided, const Item& item, GuidedScratch& scratch) {
   const DecodeParams& params = guided.attention;
@@ -134,7 +138,7 @@ void score_units(const GuidedParams& guided, const Item& item, GuidedScratch& sc
   int64_t slot = 0;  // of a group's first unit
   for (int32_t group = groups.begin; group < groups.end; ++group, slot += kGroupUnits) {
     const uint8_t* record = record_of(guided.codes, table[group], item.kv_head);
-    const int32_t after = group + 1 < groups.end ? group + 1 : group;
+    const int32_t after = group + kFetchAhead < groups.end ? group + kFetchAhead : group;
     const uint8_t* next = record_of(guided.codes, table[after], item.kv_head);
     score_group(params, layout, record, next, scratch);
     reduce_units(params, item, group * kGroupTokens, stride, slot, scratch);
