@@ -10,6 +10,7 @@ Implementations, which take turns with the last-level cache flushed before each 
     art_never    the same with Stability on, and a patience that is never completed
     art_half     Stability with a patience that random tokens complete after half of them
     art_tenth    the same after a tenth
+    art_tokens_last  art_dense over keys [pages, Hkv, D, page], as vLLM's CPU cache has them
     art_int8     art_dense over a cache of int8, beside float32; art_int8_never, art_int8_half
     sdpa_packed  scaled_dot_product_attention on a static contiguous cache, the query heads of a
                  group packed as queries of one head, [B, Hkv, G, D]: its fastest form on a CPU
@@ -51,10 +52,22 @@ from common import (
     write_results,
 )
 from cpu_peers import Peer, find_peers, versions_of
-from decode_implementations import Implementation, art, art_int8, check, plain_read, sdpa_packed
+from decode_implementations import (
+    PAGE_SIZE,
+    Implementation,
+    art,
+    art_int8,
+    art_tokens_last,
+    check,
+    plain_read,
+    sdpa_packed,
+)
 from decode_inputs import DTYPES, Case, make_inputs
 from decode_report import QUIET_CORES, show
 from rich.console import Console
+from torch.utils.benchmark import Timer
+
+import art_torch
 
 SHAPES = (
     (1, 8192, 9, 3, 64),
@@ -68,7 +81,7 @@ SHORT_SHAPES = tuple(
 )
 QUICK_SHAPES = ((1, 2048, 9, 3, 64), (2, 1024, 8, 2, 128))
 QUICK_RAGGED_SHAPES = ((3, 256, 8, 2, 64),)
-PAGE_SIZE = 64
+CALL_SHAPE = (1, 16, 9, 3, 64)  # so short that the time is that of a call
 LONGER_PAGES = (256, 1024)  # tell what contiguous runs gain; others' caches do not depend on them
 
 
@@ -93,6 +106,7 @@ def make_implementations(case: Case, peers: dict[str, Peer]) -> dict[str, Implem
     """Those that a case has, each checked to be right."""
     inputs = make_inputs(case)
     implementations = {**art(case, inputs), **art_int8(case, inputs)}
+    implementations.update(art_tokens_last(case, inputs))
     implementations["sdpa_packed"] = sdpa_packed(case, inputs)
     if case.page_size == PAGE_SIZE:
         for peer in peers.values():
@@ -136,6 +150,24 @@ def measure(
         time.sleep(min(60, 5 * attempt))
     assert quietest is not None
     return quietest
+
+
+def time_of_call() -> dict[str, float]:
+    """Microseconds of a call that has next to nothing to read, caches warm: the least of many."""
+    inputs = make_inputs(Case(*CALL_SHAPE, "f32", PAGE_SIZE, 1))
+    storage = inputs.storage
+    cache = (storage.key_cache, storage.value_cache, inputs.block_table, inputs.seq_lens)
+    calls = {
+        "torch.ops.art": lambda: torch.ops.art.decode_attention(inputs.query, *cache),
+        "art_torch": lambda: art_torch.decode_attention(inputs.query, *cache),
+    }
+    torch.set_num_threads(1)
+    times = {}
+    for name, call in calls.items():
+        call()
+        measured = Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.3)
+        times[name] = round(1e6 * min(measured.times), 2)
+    return times
 
 
 def rows_of(
@@ -202,7 +234,11 @@ def main() -> None:
             rows += rows_of(case, implementations, *measured)
     reads = [row["bytes"] / row["us_min"] / 1e3 for row in rows if row["impl"] == "read"]
     results.update(threads=threads, ceiling_gbps=round(max(reads), 1), rows=rows)
+    with torch.inference_mode():
+        results["call_us"] = time_of_call()
     show(rows, cases, results["simd"], console)
+    calls = ", ".join(f"{name} {us:.1f} us" for name, us in results["call_us"].items())
+    console.print(f"a call of {CALL_SHAPE[1]} tokens: {calls}", highlight=False)
     if arguments.output or not arguments.quick:
         name = "decode_avx2" if arguments.avx2 else "decode"
         console.print(f"written to {write_results(name, results, arguments.output)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import huge_pages
 from decode_inputs import Case, Inputs, expected_output, relative_error
 from gpu_points import EVERY_CHANGE, stop_after
 from torch import Tensor
@@ -19,6 +20,7 @@ from art_torch.int8_storage import Int8PageStorage
 
 NEVER = art_torch.Stability(0.0, 0.0, patience=2**30)
 FRACTIONS = {"art_half": 0.5, "art_tenth": 0.1}
+PAGE_SIZE = 64  # as of ARTCache; other sizes tell what contiguous runs gain
 FEWEST_TOKENS = 2048  # that an implementation which reads a fraction is measured on
 # Of outputs, relative to their norm. An output of many random tokens is small, so rounding weighs
 # more than it would elsewhere; a wrong head or token gives about 1.
@@ -112,6 +114,21 @@ def art_int8(case: Case, inputs: Inputs) -> dict[str, Implementation]:
         for name, each in implementations.items()
         if name != "art_tenth"
     }
+
+
+def art_tokens_last(case: Case, inputs: Inputs) -> dict[str, Implementation]:
+    """art_torch over keys whose tokens are contiguous, ``[pages, Hkv, D, page]``: as vLLM's are."""
+    if case.page_size != PAGE_SIZE or case.dtype == "f16" or case.tokens < FEWEST_TOKENS:
+        return {}
+    own = inputs.storage
+    rows = own.key_cache[: own.used_pages].permute(0, 2, 3, 1)
+    keys = huge_pages(*rows.shape, dtype=rows.dtype).copy_(rows).permute(0, 3, 1, 2)
+    values = own.value_cache[: own.used_pages]
+    cache = (keys, values, inputs.block_table, inputs.seq_lens)
+    call = partial(art_torch.decode_attention, inputs.query, *cache)
+    tolerance = TOLERANCE[case.dtype]
+    note = "tokens of keys are contiguous"
+    return {"art_tokens_last": Implementation(lambda: call().out, case.kv_bytes, tolerance, note)}
 
 
 def sdpa_packed(case: Case, inputs: Inputs) -> Implementation:
