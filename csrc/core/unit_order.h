@@ -66,8 +66,8 @@ struct ScaledMass {
   ART_HD int32_t steps(int32_t reached) const { return 64 * (exponent - 31) + reached; }
 };
 
-// How many powers numbers from 2^31 on have reached, by their first eight bits: between two of these
-// there is one power at most.
+// How many powers numbers from 2^31 on have reached, by their first eight bits: between two of
+// these there is one power at most.
 struct ReachedPowers {
   static constexpr int32_t kFirst = 128, kEnd = 258;  // a ScaledMass is below 2^32 * 2^(1/128)
   uint8_t at[kEnd - kFirst] = {};
