@@ -68,7 +68,6 @@ bench: $(DEV) ## Measure, write benchmarks/results and renew the tables of READM
 	$(PY) benchmarks/bench_steps.py
 	$(PY) benchmarks/bench_walks.py
 	$(PY) benchmarks/make_tables.py
-	$(PY) benchmarks/make_tables.py --readme docs/kvpress.md
 
 cpu-peers: $(CPU_PEERS) ## Get what bench_decode.py compares with: vLLM's operator, ggml, ONNX Runtime
 

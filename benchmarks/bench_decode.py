@@ -2,7 +2,7 @@
 
     python benchmarks/bench_decode.py            # half an hour; writes results/decode-<device>.json
     python benchmarks/bench_decode.py --avx2     # the same held to AVX2; writes decode_avx2-...
-    python benchmarks/bench_decode.py --quick    # seconds; only prints
+    python benchmarks/bench_decode.py --quick    # seconds; only prints, and so does --warm
 
 Implementations, which take turns with the last-level cache flushed before each call:
 
@@ -195,6 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and 2")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--no-peers", action="store_true", help="only art_torch and PyTorch")
+    parser.add_argument("--warm", action="store_true", help="leaves the caches as they are")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     return parser.parse_args()
 
@@ -224,7 +225,7 @@ def main() -> None:
     attempts = arguments.attempts or (1 if arguments.quick else 3)
     results = describe_machine()
     results["versions"].update(versions_of(peers))
-    flush = huge_pages(FLUSH_BYTES // 8, dtype=torch.int64).fill_(1)
+    flush = huge_pages(1 if arguments.warm else FLUSH_BYTES // 8, dtype=torch.int64).fill_(1)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), progress_bar("bench_decode", sum(rounds.values())) as advance:
         for case in cases:
@@ -239,7 +240,7 @@ def main() -> None:
     show(rows, cases, results["simd"], console)
     calls = ", ".join(f"{name} {us:.1f} us" for name, us in results["call_us"].items())
     console.print(f"a call of {CALL_SHAPE[1]} tokens: {calls}", highlight=False)
-    if arguments.output or not arguments.quick:
+    if arguments.output or not (arguments.quick or arguments.warm):
         name = "decode_avx2" if arguments.avx2 else "decode"
         console.print(f"written to {write_results(name, results, arguments.output)}")
 

@@ -4,6 +4,7 @@
     python benchmarks/bench_guided.py --quick    # one short window, few settings; only prints
     python benchmarks/bench_guided.py --walks guided    # the package's presets and rules only
     python benchmarks/bench_guided.py --parts tuning    # a grid of rules to choose presets from
+    python benchmarks/bench_guided.py --parts tried --contexts 4096   # writes results/tried-*.json
     python benchmarks/bench_guided.py --model gemma3 --contexts 8192 16384
 
 Every row is written as soon as it is measured, and rows that the file already has are not measured
@@ -33,12 +34,12 @@ import guided_report
 import guided_texts
 from common import RESULTS, describe_machine, progress_bar, slug
 from guided_measure import EXACT, FORCED, Row, Task, load_tokenizer, measure
-from guided_rules import WALKS, Setting, matching
+from guided_rules import PACKAGE, TRIED, WALKS, Setting, matching
 
 from art_torch import PRESETS, ResidualMass, Stability
 
-PARTS = ("tuning", "held_out", "needles")
-TUNING_WINDOWS = 2  # per text, at most
+PARTS = ("tuning", "tried", "held_out", "needles")
+TUNING_WINDOWS = 2  # per text, at most; of what was tried too
 # Rules of the package that the presets do not use.
 LEVERS = (
     Setting("guided", ResidualMass(0.2)),
@@ -75,6 +76,8 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     tasks = []
     if "tuning" in arguments.parts:
         tasks += windows(guided_texts.TUNING, TUNING_WINDOWS, tuning_settings())
+    if "tried" in arguments.parts:
+        tasks += windows(guided_texts.TUNING, TUNING_WINDOWS, tried_settings())
     guided = [Setting("guided", rule) for rule in PRESETS.values()]
     if "held_out" in arguments.parts:
         curves = [Setting(walk, rule) for walk in arguments.walks for rule in PRESETS.values()]
@@ -101,6 +104,16 @@ def tuning_settings() -> tuple[Setting, ...]:
         for rule in (matching(d_scale, 1) & mass, matching(d_scale, 1) | mass)
     ]
     return tuple(Setting("guided", rule) for rule in (*stable, *masses, *joined))
+
+
+def tried_settings() -> tuple[Setting, ...]:
+    """Other codes, scores and pinned units, and other rules for the package's walk."""
+    walks = (PACKAGE, "codes2", "codes4", "oracle", *TRIED)
+    rules = PRESETS["quality"], PRESETS["balanced"]
+    settings = [Setting(walk, rule) for walk in walks for rule in rules]
+    masses = [ResidualMass(eps) for eps in (0.05, 0.1, 0.2)]
+    joined = [rule for mass in masses[1:] for rule in (rules[1] & mass, rules[1] | mass)]
+    return (*settings, *(Setting(PACKAGE, rule) for rule in (*masses, *joined)))
 
 
 def quick_tasks() -> list[Task]:
@@ -153,7 +166,7 @@ def write(path: Path, results: Row, rows: list[Row], summary: list[Row]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the guided walk loses on real text")
     parser.add_argument("--quick", action="store_true", help="short; writes no result file")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[1:])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[2:])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--windows", type=int, default=6, help="per held-out text, at most")
@@ -166,7 +179,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = head(arguments.model)
     suffix = "" if arguments.model == "smollm2" else f"-{arguments.model}"
-    default = RESULTS / f"guided-fidelity{suffix}-{slug(results['device'])}.json"
+    name = "tried" if arguments.parts == ["tried"] else "guided-fidelity"
+    default = RESULTS / f"{name}{suffix}-{slug(results['device'])}.json"
     path = arguments.output or default
     keep = not arguments.quick or arguments.output
     rows = json.loads(path.read_text())["rows"] if keep and path.exists() else []

@@ -14,6 +14,7 @@ Row = dict[str, Any]
 Ratios = dict[str, float]
 
 CASE = re.compile(r"B(\d+)_S(\d+)_.*?(_ragged)?")
+WALK_NOTE = re.compile(r"scores ([\d.]+) us, order ([\d.]+) us")  # of art_guided_walk
 FLASHINFER = {"flashinfer_fa2": "fa2", "flashinfer_xqa": "xqa"}
 
 
@@ -37,6 +38,13 @@ class Case:
         """The best of FlashInfer, and which it is."""
         times = [(us, short) for impl, short in FLASHINFER.items() if (us := self.us(impl))]
         return min(times, default=None)
+
+    @property
+    def walk_parts(self) -> tuple[float, float] | None:
+        """Microseconds of the scores of a guided walk, and of its order."""
+        note = self.rows.get("art_guided_walk", {}).get("note", "")
+        match = WALK_NOTE.fullmatch(note)
+        return (float(match[1]), float(match[2])) if match else None
 
     def over(self, impl: str, us: float | None) -> float | None:
         """Time of ``impl`` / ``us``."""
@@ -70,6 +78,13 @@ def ratios_of(case: Case) -> Ratios:
         "fifth": case.over_proportional("art_fifth"),
         "uneven": case.over_proportional("art_uneven"),
     }
+    if parts := case.walk_parts:
+        scores, order = parts
+        found["order, us"] = order
+        found["order / scores"] = order / scores
+        if read:
+            of_codes = case.rows["art_guided_walk"]["bytes"] / case.rows["read"]["bytes"]
+            found["scores / read of codes"] = scores / (read * of_codes)
     if flashinfer:
         for percent in GUIDED_PERCENT:
             if us := case.us(f"art_guided_{percent}"):
@@ -148,31 +163,52 @@ def always(case: Case) -> bool:
     return True
 
 
+def is_usual(case: Case) -> bool:
+    """32 query and 8 KV heads of 128, sequences of equal lengths."""
+    return "_H32/8_D128_" in case.name and not case.ragged
+
+
 def with_tokens(least: int, below: int, context: int) -> Callable[[Case], bool]:
-    """Batches of so many tokens, of 8 KV heads of 128, in contexts of at least ``context``."""
+    """Usual batches of so many tokens, in contexts of at least ``context``."""
 
     def where(case: Case) -> bool:
         total = case.batch * case.tokens
-        is_usual = "/8_D128" in case.name and not case.ragged
-        return is_usual and least <= total < below and case.tokens >= context
+        return is_usual(case) and least <= total < below and case.tokens >= context
 
     return where
+
+
+def usual_alone_at(tokens: int) -> Callable[[Case], bool]:
+    return lambda case: is_usual(case) and alone_at(tokens)(case)
+
+
+def many_codes(case: Case) -> bool:
+    return is_usual(case) and case.rows["art_guided_walk"]["bytes"] >= 300e6
 
 
 def guided_goals() -> list[Goal]:
     """FlashInfer's dense time over that of guided steps, by tokens in the batch."""
     million, many = 1 << 20, 1 << 40
+
+    def at_8k(least: int, below: int) -> Callable[[Case], bool]:
+        where = with_tokens(least, below, 0)
+        return lambda case: where(case) and case.tokens == 8192
+
     goals = [
         (5, "from 1M tokens, contexts from 32k", with_tokens(million, many, 32768), 5.5),
         (10, "from 1M tokens, contexts from 32k", with_tokens(million, many, 32768), 4.6),
         (15, "from 1M tokens", with_tokens(million, many, 32768), 3.8),
         (25, "from 1M tokens", with_tokens(million, many, 32768), 2.7),
+        (15, "from 1M tokens, contexts of 8k", at_8k(million, many), 3.4),
+        (25, "from 1M tokens, contexts of 8k", at_8k(million, many), 2.6),
         (15, "256k tokens, contexts from 32k", with_tokens(1 << 18, million, 32768), 3.3),
         (25, "256k tokens, contexts from 32k", with_tokens(1 << 18, million, 32768), 2.5),
+        (15, "256k tokens, contexts of 8k", at_8k(1 << 18, million), 3.1),
+        (25, "256k tokens, contexts of 8k", at_8k(1 << 18, million), 2.3),
         (15, "64k tokens", with_tokens(1 << 16, 1 << 18, 0), 2.2),
         (25, "64k tokens", with_tokens(1 << 16, 1 << 18, 0), 1.9),
-        (15, "B1 32k", alone_at(32768), 1.6),
-        (25, "B1 32k", alone_at(32768), 1.45),
+        (15, "B1 32k", usual_alone_at(32768), 1.6),
+        (25, "B1 32k", usual_alone_at(32768), 1.45),
         (25, "everywhere", always, 1.0),
     ]
     return [
@@ -217,6 +253,9 @@ GOALS = (
     Goal("batch_invariant / dense", "invariant / dense", always),
     Goal("oldest_first / dense", "oldest / dense", always),
     *guided_goals(),
+    Goal("scores / a plain read of 300 MB of codes", "scores / read of codes", many_codes, 1.15),
+    Goal("order / scores from 1M tokens", "order / scores", with_tokens(1 << 20, 1 << 40, 0), 0.08),
+    Goal("order at B1 128k, us", "order, us", usual_alone_at(131072), 6.0),
     Goal("dense / cuDNN (contiguous), mean", "dense / cudnn", always, mean=True),
     Goal("dense / flash (contiguous), mean", "dense / sdpa_flash", always, mean=True),
 )
@@ -264,6 +303,7 @@ def problems(rows: list[Row]) -> list[str]:
 
 COLUMNS = (
     *("case", "us", "FlashInfer", "ratio", "never", "half", "fifth", "uneven", "read", "cuDNN"),
+    *("scores", "order"),
     *(f"g{percent}" for percent in GUIDED_PERCENT),
 )
 
@@ -274,7 +314,7 @@ def cells(case: Case) -> list[str]:
     def ratio(name: str, form: str = "{:.3f}", shift: float = 0.0) -> str:
         return form.format(case.ratios[name] + shift) if name in case.ratios else "-"
 
-    dense, best = case.us("art_dense"), case.flashinfer
+    dense, best, parts = case.us("art_dense"), case.flashinfer, case.walk_parts
     return [
         case.name,
         f"{dense:.1f}" if dense else "-",
@@ -286,6 +326,8 @@ def cells(case: Case) -> list[str]:
         ratio("uneven", "{:.2f}"),
         ratio("of plain read", "{:.0%}"),
         ratio("dense / cudnn"),
+        *(f"{us:.1f}" for us in parts or ()),
+        *(() if parts else ("-", "-")),
         *(ratio(f"guided {percent} %", "{:.2f}") for percent in GUIDED_PERCENT),
     ]
 
@@ -295,7 +337,7 @@ EXPLANATION = (
     "criterion; *ratio*: that over the best FlashInfer; *never*: what a criterion that never fires "
     "adds; *half*, *fifth*, *uneven*: time of a stop there over (dense x fraction of the bytes "
     "read), per-head stops for *uneven*; *read*: share of a plain read's speed; *cuDNN*: dense "
-    "over cuDNN, which reads a contiguous cache; *g5*, *g10*, *g15*, *g25*: FlashInfer's dense "
-    "time over that of a guided step (scores, order, attention) which reads so many percent of "
-    "the cache."
+    "over cuDNN, which reads a contiguous cache; *scores*, *order*: microseconds of the two parts "
+    "of a guided walk; *g5*, *g10*, *g15*, *g25*: FlashInfer's dense time over that of a guided "
+    "step (scores, order, attention) which reads so many percent of the cache."
 )

@@ -9,7 +9,17 @@ import torch
 import walk_makers
 from forcing import GROUP, UNIT, Rule, Step
 from torch import Tensor
-from walk_makers import Maker, Walk, coded, exact_keys, guided, min_max
+from walk_makers import (
+    Maker,
+    Walk,
+    coded,
+    exact_keys,
+    guided,
+    min_max,
+    outliers,
+    percentile,
+    spread,
+)
 
 import art_torch
 from art_torch import Stability
@@ -32,6 +42,19 @@ WALKS: dict[str, Maker | str] = {
     "recent_first": "recent_first",
     "oldest_first": "oldest_first",
 }
+# What else was tried, beside the package's walk. Keys are not centred: a group's grid has a zero of
+# its own for each channel, so that would change nothing.
+TRIED: dict[str, Maker] = {
+    "percentile 3 %": guided("percentile", coded(2, percentile(0.03))),
+    "1.5 deviations": guided("1.5 deviations", coded(2, spread(1.5))),
+    "2 deviations": guided("2 deviations", coded(2, spread(2.0))),
+    "3 bits for an eighth": guided("outliers", outliers(1 / 8)),
+    "sum over heads": guided("7/8", coded(2, min_max(0.875)), combine="sum"),
+    "mass x length of values": guided("7/8", coded(2, min_max(0.875)), by_values=True),
+    "no sink pinned": guided("7/8", coded(2, min_max(0.875)), sink=0),
+    "only the tail pinned": guided("7/8", coded(2, min_max(0.875)), pinned_groups=0),
+    "4 groups pinned": guided("7/8", coded(2, min_max(0.875)), pinned_groups=4),
+}
 
 
 def matching(d_scale: float, patience: int) -> Stability:
@@ -44,7 +67,7 @@ class Setting:
     """A walk, and when it stops.
 
     Attributes:
-        walk: Key of ``WALKS``; None for exact attention.
+        walk: Key of ``WALKS`` or ``TRIED``; None for exact attention.
         criterion: The rule, None for none.
     """
 
@@ -70,7 +93,7 @@ class Setting:
 def rule_of(setting: Setting) -> Rule:
     if setting.walk is None:
         return partial(_decode, criterion=None, walk="sink_recent")
-    order, criterion = WALKS[setting.walk], setting.criterion
+    order, criterion = (WALKS | TRIED)[setting.walk], setting.criterion
 
     def run(step: Step) -> tuple[Tensor, Tensor]:
         if isinstance(order, str):

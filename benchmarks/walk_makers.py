@@ -83,6 +83,20 @@ def percentile(share: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return levels
 
 
+def outliers(share: float) -> Estimator:
+    """Codes of 2 bits, and of 3 for the ``share`` of the channels that vary most in a group."""
+    two, three = coded(2, min_max()), coded(3, min_max())
+
+    def estimate(keys: Tensor) -> Tensor:
+        groups = keys.unflatten(1, (-1, GROUP))
+        widths = groups.amax(-2) - groups.amin(-2)
+        widest = widths.topk(round(share * keys.shape[-1]), -1).indices
+        is_outlier = torch.zeros_like(widths, dtype=torch.bool).scatter_(-1, widest, True)
+        return torch.where(is_outlier.repeat_interleave(GROUP, 1), three(keys), two(keys))
+
+    return estimate
+
+
 def exact_keys(keys: Tensor) -> Tensor:
     return keys
 
@@ -112,6 +126,14 @@ def unit_log_mass(step: Step, approximate: Tensor) -> Tensor:
     return ((units - largest).exp_().sum(-1).log_() + largest[..., 0]).permute(1, 0, 2, 3)
 
 
+def log_length_of_values(step: Step) -> Tensor:
+    """Of every unit, ``[num_kv_heads, units]``."""
+    squares = step.values.square().sum(-1)
+    padding = -squares.shape[1] % UNIT
+    units = torch.nn.functional.pad(squares, (0, padding)).unflatten(1, (-1, UNIT))
+    return units.mean(-1).clamp(min=1e-20).log() / 2
+
+
 def pinned_units(step: Step, units: int, groups: int = 1, sink: int = GROUP) -> Tensor:
     """Which units are always read, bool ``[rows, units]``: first tokens, last groups, the tail."""
     index = torch.arange(units) * UNIT
@@ -139,8 +161,18 @@ def guided(
     combine: str = "max",
     pinned_groups: int = 1,
     sink: int = GROUP,
+    by_values: bool = False,
 ) -> Maker:
-    """The guided walk with keys as ``estimator`` remembers them, under ``name``."""
+    """The guided walk with keys as ``estimator`` remembers them, under ``name``.
+
+    Args:
+        name: Of what is remembered; makers with the same estimator may share it.
+        estimator: What is remembered of the keys.
+        combine: ``"max"`` or ``"sum"`` over the query heads of a KV head.
+        pinned_groups: Groups of the newest tokens that are always read.
+        sink: Tokens from the first on that are always read.
+        by_values: Multiplies a unit's mass by the root mean square length of its values.
+    """
 
     def make(step: Step) -> Walk:
         complete = step.present // GROUP * GROUP
@@ -151,6 +183,8 @@ def guided(
         mass = unit_log_mass(step, approximate)
         share = mass - mass.logsumexp(-1, True)
         score = share.amax(2) if combine == "max" else share.exp().sum(2).log()
+        if by_values:
+            score = score + log_length_of_values(step)
         pinned = pinned_units(step, mass.shape[-1], pinned_groups, sink)
         walk = by_score(step, score, pinned)
         walk.log_mass = mass

@@ -128,4 +128,7 @@ def test_table_has_the_peers_that_were_measured(make_tables):
     assert lines == [
         "| `B1_S8192_H9/3_D64_bf16_p64` | 0.10 | +1.0% | x 0.55 |  | 2.50 x |",
         "| `B8_S8192_H9/3_D64_f32_p64_ragged` | 0.10 | -1.0% |  | 3.00 x |  |",
+        "| `B1_S128_H9/3_D64_bf16_p64` | 0.01 | +0.0% |  |  |  |",
+        "| `B1_S8192_H9/3_D64_f16_p64_t2` | 0.01 | +0.0% |  |  |  |",
     ]
+    assert "`B1_S8192" not in make_tables.decode_excerpt(results)
