@@ -107,7 +107,7 @@ def test_tables_are_filled_from_results(make_tables, results):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("<!-- table:speed -->\n<!-- /table -->", ValueError, "one of decode, guided, "),
+        ("<!-- table:speed -->\n<!-- /table -->", ValueError, "one of decode, decode_excerpt, "),
         ("<!-- table:walks -->\n<!-- /table -->", FileNotFoundError, "run benchmarks/bench_walks"),
         ("<!-- table:decode -->\n", ValueError, "1 sections .* are opened and 0 are closed"),
     ],
