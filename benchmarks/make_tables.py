@@ -139,6 +139,14 @@ def guided_table(results: Results) -> str:
     return f"{head}; `python benchmarks/bench_guided.py`. {where}.\n\n{markdown(header, rows)}"
 
 
+TRIED_NAMES = {
+    "guided": "the package's walk",
+    "codes2": "2 bits for the whole range",
+    "codes4": "4 bits",
+    "oracle": "the keys themselves",
+}
+
+
 def tried_table(results: Results) -> str:
     """What was tried beside the package's walk, by the texts that the presets were chosen on."""
     presets = {
@@ -155,13 +163,14 @@ def tried_table(results: Results) -> str:
             rule = row["impl"].removeprefix("guided ")
             for numbers, name in presets.items():
                 rule = rule.replace(numbers, f"`{name}`")
-            walks[f"guided, {rule}"] = {"": row}
-    header = ["codes, order or rule"]
+            rule = re.sub(r"mass ([\d.]+)", r"`ResidualMass(\1)`", rule)
+            walks[f"the package's walk, {rule}"] = {"": row}
+    header = ["walk, and rule where it is another"]
     for name in ("quality", "balanced"):
         header += [f"`{name}`: read", "KL"]
     rows = []
     for walk, of_rules in walks.items():
-        cells = [walk]
+        cells = [TRIED_NAMES.get(walk, walk)]
         for name in ("quality", "balanced"):
             row = of_rules.get(name) or (of_rules.get("") if name == "balanced" else None)
             cells += [f"{row['read']:.1%}", divergence(row["kl"])] if row else ["", ""]
