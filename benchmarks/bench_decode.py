@@ -6,7 +6,7 @@
 
 Implementations, which take turns with the last-level cache flushed before each call:
 
-    art_dense    art_torch.decode_attention without a criterion: exact
+    art_dense    torch.ops.art.decode_attention without a criterion: exact
     art_never    the same with Stability on, and a patience that is never completed
     art_half     Stability with a patience that random tokens complete after half of them
     art_tenth    the same after a tenth

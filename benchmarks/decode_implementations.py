@@ -16,6 +16,7 @@ from torch import Tensor
 
 import art_torch
 from art_torch import reference
+from art_torch._decode_arguments import checked_rules, criterion_arguments
 from art_torch.int8_storage import Int8PageStorage
 
 NEVER = art_torch.Stability(0.0, 0.0, patience=2**30)
@@ -49,37 +50,35 @@ class Implementation:
 
 
 def art(case: Case, inputs: Inputs) -> dict[str, Implementation]:
-    """art_torch. Those that stop are checked to do so where their name says."""
+    """The operator, as others' are called; those that stop are checked to do so where they say."""
 
-    def call(criterion: art_torch.Stability | None) -> art_torch.DecodeResult:
-        return art_torch.decode_attention(
-            inputs.query,
-            inputs.storage.key_cache,
-            inputs.storage.value_cache,
-            inputs.block_table,
-            inputs.seq_lens,
-            criterion=criterion,
-            **inputs.storage.scales,
-        )
+    storage = inputs.storage
+    cache = (storage.key_cache, storage.value_cache, inputs.block_table, inputs.seq_lens)
 
-    def output(criterion: art_torch.Stability | None) -> Tensor:
-        return call(criterion).out
+    def result(criterion: art_torch.Stability | None) -> Callable[[], tuple[Tensor, ...]]:
+        rules = criterion_arguments(checked_rules(criterion), storage.key_cache)
+        operator = torch.ops.art.decode_attention.default
+        return partial(operator, inputs.query, *cache, **rules, **storage.scales)
+
+    def output(criterion: art_torch.Stability | None) -> Callable[[], Tensor]:
+        call = result(criterion)
+        return lambda: call()[0]
 
     tolerance, whole = TOLERANCE[case.dtype], case.kv_bytes
     implementations = {
-        "art_dense": Implementation(partial(output, None), whole, tolerance),
-        "art_never": Implementation(partial(output, NEVER), whole, tolerance),
+        "art_dense": Implementation(output(None), whole, tolerance),
+        "art_never": Implementation(output(NEVER), whole, tolerance),
     }
     for name, fraction in FRACTIONS.items():
         if case.ragged or case.tokens < FEWEST_TOKENS:
             continue
         patience, tokens = stop_after(case.tokens, fraction)
         criterion = art_torch.Stability(EVERY_CHANGE, EVERY_CHANGE, patience)
-        read = call(criterion).tokens_read
+        read = result(criterion)()[2]
         if not (read == tokens).all():
             raise RuntimeError(f"{case.name}: expected {tokens} tokens read, got {read.tolist()}")
         implementations[name] = Implementation(
-            partial(output, criterion),
+            output(criterion),
             whole * tokens // case.tokens,
             None,
             f"stops after exactly {tokens} of {case.tokens} tokens",
@@ -125,10 +124,10 @@ def art_tokens_last(case: Case, inputs: Inputs) -> dict[str, Implementation]:
     keys = huge_pages(*rows.shape, dtype=rows.dtype).copy_(rows).permute(0, 3, 1, 2)
     values = own.value_cache[: own.used_pages]
     cache = (keys, values, inputs.block_table, inputs.seq_lens)
-    call = partial(art_torch.decode_attention, inputs.query, *cache)
+    call = partial(torch.ops.art.decode_attention.default, inputs.query, *cache)
     tolerance = TOLERANCE[case.dtype]
     note = "tokens of keys are contiguous"
-    return {"art_tokens_last": Implementation(lambda: call().out, case.kv_bytes, tolerance, note)}
+    return {"art_tokens_last": Implementation(lambda: call()[0], case.kv_bytes, tolerance, note)}
 
 
 def sdpa_packed(case: Case, inputs: Inputs) -> Implementation:
