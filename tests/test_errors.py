@@ -1,13 +1,21 @@
 """Bad input ends in a Python exception that says what was expected and what came."""
 
 import math
+import re
 
 import pytest
 import torch
 from cases import Case, build
 from contract import assert_refused, call
 
-from art_torch import DecodeResult, ResidualMass, Stability, decode_attention, reference
+from art_torch import (
+    DecodeResult,
+    ResidualMass,
+    Stability,
+    _operators,
+    decode_attention,
+    reference,
+)
 
 BATCH, HQ, HKV, DIM, PAGES, PAGE = 2, 4, 2, 32, 9, 16
 
@@ -289,6 +297,26 @@ def test_the_bare_operator_raises_runtime_error(changes, device):
     given = arguments(device) | moved(changes, device)
     with pytest.raises(RuntimeError, match="decode_attention: "):
         torch.ops.art.decode_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("decode_attention: patience must be at least 1, got 0", ValueError),
+        ("guided_walk: dtype of key_codes must be uint8, got int8", TypeError),
+        ("art_torch: decode_attention: CUDA kernel launch failed: out of memory", RuntimeError),
+        ("art_torch: append_kv: built without kernels for this GPU", RuntimeError),
+        ("ART_CUDA must be sm90, sm80 or portable, got sm70", RuntimeError),
+        ("", RuntimeError),
+    ],
+)
+def test_only_errors_of_an_argument_change_their_kind(message, kind):
+    def fail():
+        raise RuntimeError(message)
+
+    with pytest.raises(Exception, match=re.escape(message)) as caught:
+        _operators.call(fail)
+    assert caught.type is kind
 
 
 @pytest.mark.parametrize("name", ["query", "key_cache", "value_cache"])

@@ -35,7 +35,6 @@ void launch_cuda(const DecodeArguments& args, const DecodeParams& params, int64_
   if (params.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
   if (is_checked(args.checked)) check_values_on_device(args, params);
-  check_environment("decode_attention");
   size_t bytes = 0;
   check_launch("decode_attention", cuda::workspace_bytes(params, num_splits, &bytes));
   const Tensor workspace = torch::stable::new_empty(args.query, {static_cast<int64_t>(bytes)},

@@ -47,7 +47,6 @@ void encode_on_gpu(const EncodeArguments& args, const EncodeParams& params) {
 void guide_on_gpu(const GuidedArguments& args, const GuidedParams& params, int64_t num_splits) {
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
   if (is_checked(args.checked)) check_values_on_device(args, params);
-  check_environment("guided_walk");
   const int64_t bytes = static_cast<int64_t>(cuda::guided_workspace_bytes(params));
   const Tensor workspace =
       torch::stable::new_empty(args.query, {bytes}, torch::headeronly::ScalarType::Byte);
