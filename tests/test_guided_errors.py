@@ -190,6 +190,14 @@ def test_decode_attention_with_a_guided_walk():
         attend(block_size=40)
 
 
+def test_a_guided_walk_that_is_not_given():
+    """The bare operator makes none."""
+    given = {**query(), **cache(), "value_cache": cache()["key_cache"]}
+    del given["key_codes"], given["code_table"]
+    with pytest.raises(RuntimeError, match=r"explicit walk that guided_walk makes.*got 'guided'"):
+        torch.ops.art.decode_attention(**given, walk_order="guided")
+
+
 def test_a_guided_walk_of_other_lengths():
     """The bare operator: units without a visible token are dropped, except from a guided walk."""
     given = {**query(), **cache()}

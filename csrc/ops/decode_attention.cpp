@@ -35,8 +35,9 @@ WalkOrder parse_walk_order(const std::string& name) {
   if (name == "sink_recent") return WalkOrder::kSinkRecent;
   if (name == "recent_first") return WalkOrder::kRecentFirst;
   if (name == "oldest_first") return WalkOrder::kOldestFirst;
-  fail_check(kOp, ": walk_order must be 'oldest_first', 'recent_first' or 'sink_recent', got '",
-             name, "'");
+  fail_check(kOp,
+             ": walk_order must be 'oldest_first', 'recent_first' or 'sink_recent', or 'guided' ",
+             "with the explicit walk that guided_walk makes from key codes, got '", name, "'");
 }
 
 void set_walk(DecodeParams& params, const DecodeArguments& args) {
