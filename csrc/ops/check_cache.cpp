@@ -92,7 +92,7 @@ void set_query(DecodeParams& params, const char* op, const Tensor& query, const 
   check_rank(op, "key_cache", key_cache, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
   params.query_dtype = check_element_type(op, "query", query);
   if (key_cache.scalar_type() != ScalarType::Char) {  // which goes with any query
-    check_dtype(op, "key_cache", key_cache, query.scalar_type());
+    check_same_dtype(op, "key_cache", key_cache, "query", query);
   }
   const int64_t heads = query.size(1), kv_heads = key_cache.size(2);
   ART_CHECK(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0, op,
@@ -196,8 +196,8 @@ TokenRange check_length(const DecodeParams& params, const char* op, int64_t batc
   const int32_t len =
       params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
   ART_CHECK(len >= 0 && len <= capacity, op, ": seq_lens must be from 0 to ", capacity, " (",
-            params.max_pages, " pages of ", params.page_size, "), got ", len, " for sequence ",
-            batch);
+            params.max_pages, " pages of ", params.page_size, "), got ", len, " for ",
+            text_of_item(batch, head, params.seq_lens_head_stride));
   const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
   ART_CHECK(start >= 0, op, ": seq_starts must not be negative, got ", start, " for sequence ",
             batch);
@@ -212,7 +212,8 @@ void check_pages(const DecodeParams& params, const char* op, int64_t batch, int6
   for (int32_t i = tokens.begin / params.page_size; i <= last; ++i) {
     ART_CHECK(table[i] >= 0 && table[i] < params.num_pages, op,
               ": page ids in block_table must be from 0 to ", params.num_pages - 1, ", got ",
-              table[i], " at page ", i, " of sequence ", batch);
+              table[i], " at page ", i, " of ",
+              text_of_item(batch, head, params.block_table_head_stride));
   }
 }
 

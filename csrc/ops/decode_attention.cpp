@@ -19,7 +19,7 @@ void set_values(DecodeParams& params, const DecodeArguments& args) {
   const Tensor &key = args.key_cache, &value = args.value_cache;
   check_rank(kOp, "value_cache", value, 4, "[num_pages, page_size, num_kv_heads, value_dim]");
   check_same_device(kOp, "value_cache", value, args.query);
-  check_dtype(kOp, "value_cache", value, key.scalar_type());
+  check_same_dtype(kOp, "value_cache", value, "key_cache", key);
   check_row_dim(kOp, "value_dim", value.size(3));
   ART_CHECK(
       value.size(0) == key.size(0) && value.size(1) == key.size(1) && value.size(2) == key.size(2),

@@ -70,7 +70,7 @@ void check_code_ids(const CodePool& codes, const char* op, int64_t batch, int64_
   for (int32_t g = groups.begin; g < groups.end; ++g) {
     ART_CHECK(table[g] >= 0 && table[g] < codes.num_pages, op,
               ": ids in code_table must be from 0 to ", codes.num_pages - 1, ", got ", table[g],
-              " at group ", g, " of sequence ", batch);
+              " at group ", g, " of ", text_of_item(batch, head, codes.table_head_stride));
   }
 }
 
@@ -162,7 +162,7 @@ void check_values(const EncodeParams& params) {
       ART_CHECK(groups.begin >= 0, kEncode, ": coded_lens must not be negative, got ",
                 params.coded_lens[batch * params.coded_lens_batch_stride +
                                   head * params.coded_lens_head_stride],
-                " for sequence ", batch);
+                " for ", text_of_item(batch, head, params.coded_lens_head_stride));
       if (groups.begin >= groups.end) continue;
       check_code_ids(params.codes, kEncode, batch, head, groups);
       check_pages(cache, kEncode, batch, head,
