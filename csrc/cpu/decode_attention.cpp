@@ -195,7 +195,7 @@ class Worker {
     const int64_t entry = space_.kept_entries[index * params_.max_units + last];
     for (int32_t g = 0; g < params_.group_size; ++g) {
       const int32_t head = item.kv_head * params_.group_size + g;
-      const float* sink = params_.attn_sinks == nullptr ? nullptr : params_.attn_sinks + head;
+      const float* sink = sink_of(params_, item, g);
       const int64_t row = (item.batch * int64_t{params_.num_q_heads} + head) * params_.max_units;
       const float log_rest = params_.log_rest[row + entry];
       if (!is_covered(running.softmax[g], sink, log_rest, params_.residual_limit)) return false;

@@ -43,10 +43,8 @@ void share_of_units(const DecodeParams& params, const Item& item, const int16_t*
                     int32_t unit_stride, int32_t* scores) {
   const int32_t num_units = item.walk.num_units;
   for (int32_t g = 0; g < params.group_size; ++g) {
-    const int32_t head = item.kv_head * params.group_size + g;
-    const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
     const int16_t* of_head = unit_lse + int64_t{g} * unit_stride;
-    const int32_t total = total_steps(of_head, num_units, sink);
+    const int32_t total = total_steps(of_head, num_units, sink_of(params, item, g));
     for (int32_t u = 0; u < num_units; ++u) {
       const int32_t score = of_head[u] - total;
       scores[u] = g == 0 ? score : std::max(scores[u], score);
