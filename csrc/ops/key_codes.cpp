@@ -1,9 +1,8 @@
 #include "ops/key_codes.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include "core/coded_groups.h"
 #include "core/key_codes.h"
+#include "ops/allocate.h"
 #include "ops/check.h"
 #include "ops/check_cache.h"
 
@@ -137,7 +136,7 @@ GuidedParams check_guided(const GuidedArguments& args) {
 GuidedOutputs allocate_outputs(const GuidedArguments& args, GuidedParams& params) {
   const int64_t batch = params.attention.batch, heads = params.attention.num_kv_heads;
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(args.query, shape, dtype);
+    return new_empty(args.query, shape, dtype);
   };
   const GuidedOutputs outputs = {
       empty({batch, heads, params.max_units}, ScalarType::Int),

@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/arena.h"
 #include "cpu/encode_keys.h"
 #include "cpu/guided_walk.h"
+#include "ops/allocate.h"
 #include "ops/key_codes.h"
 
 namespace art {
@@ -34,15 +34,10 @@ void guide_on_cpu(const GuidedArguments& args, const GuidedParams& params, int64
   check_values(params);
   const int64_t items = int64_t{params.attention.batch} * params.attention.num_kv_heads;
   const int64_t workers = cpu::guided_workers(params, torch::stable::get_num_threads());
-  constexpr int64_t kAlignment = cpu::Arena::kAlignment;
   const int64_t bytes = static_cast<int64_t>(cpu::guided_bytes(params));
-  const Tensor workspace = torch::stable::new_empty(args.query, {bytes * workers + kAlignment},
-                                                    torch::headeronly::ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
-  char* const memory =
-      reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  const Workspace workspace = aligned_workspace(args.query, bytes * workers);
   share(items, workers, [&](int64_t worker, int64_t item) {
-    cpu::guide_item(params, item, memory + worker * bytes);
+    cpu::guide_item(params, item, workspace.memory + worker * bytes);
   });
 }
 
