@@ -73,10 +73,7 @@ AppendPair check_append(const Tensor& key, const Tensor& value, const Tensor& ke
   ART_CHECK(slot_mapping.dim() == 1 || slot_mapping.size(1) == key.size(1), kOp,
             ": slot_mapping must have shape [tokens, num_kv_heads] = ",
             text_of({key.size(0), key.size(1)}), ", got ", shape_of(slot_mapping));
-  ART_CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(1) == key_cache.size(1) &&
-                value_cache.size(2) == key_cache.size(2),
-            kOp, ": value_cache must have the pages and heads of key_cache, ", shape_of(key_cache),
-            ", got ", shape_of(value_cache));
+  check_same_pages(kOp, value_cache, key_cache);
   return pair;
 }
 

@@ -21,10 +21,7 @@ void set_values(DecodeParams& params, const DecodeArguments& args) {
   check_same_device(kOp, "value_cache", value, args.query);
   check_same_dtype(kOp, "value_cache", value, "key_cache", key);
   check_row_dim(kOp, "value_dim", value.size(3));
-  ART_CHECK(
-      value.size(0) == key.size(0) && value.size(1) == key.size(1) && value.size(2) == key.size(2),
-      kOp, ": value_cache must have the pages and heads of key_cache, ", shape_of(key), ", got ",
-      shape_of(value));
+  check_same_pages(kOp, value, key);
   ART_CHECK(value.stride(3) == 1, kOp, ": the last dimension of value_cache must be contiguous");
   params.value_dim = value.size(3);
   params.value = paged_cache(value);

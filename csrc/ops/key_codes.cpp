@@ -39,27 +39,13 @@ void set_pool(CodePool& codes, const char* op, const Tensor& pool, const DecodeP
 
 void set_code_table(CodePool& codes, const char* op, const Tensor& table, const DecodeParams& cache,
                     const Tensor& first) {
-  check_int32(op, "code_table", table, first);
-  const bool per_head = table.dim() == 3;
-  const int64_t batch = cache.batch, heads = cache.num_kv_heads;
-  ART_CHECK(per_head || table.dim() == 2, op,
-            ": code_table must have shape [batch, max_groups] or [batch, num_kv_heads, ",
-            "max_groups], got ", shape_of(table));
-  const int64_t max_groups = table.size(table.dim() - 1);
-  if (per_head) {
-    check_shape(op, "code_table", table, "[batch, num_kv_heads, max_groups]",
-                {batch, heads, max_groups});
-  } else {
-    check_shape(op, "code_table", table, "[batch, max_groups]", {batch, max_groups});
-  }
+  const int64_t max_groups = check_table(op, "code_table", table, "max_groups", cache, first);
   // So that no length that fits the block table needs an entry that is not there.
   const int64_t capacity = int64_t{cache.max_pages} * cache.page_size;
   ART_CHECK(max_groups >= capacity / kGroupTokens, op, ": code_table must have at least ",
             capacity / kGroupTokens, " entries a row, one for each ", kGroupTokens,
             " tokens that block_table holds (", cache.max_pages, " pages of ", cache.page_size,
             "), got ", max_groups);
-  ART_CHECK(max_groups <= 1 || table.stride(table.dim() - 1) == 1, op,
-            ": the last dimension of code_table must be contiguous");
   point_to_table(codes, table);
 }
 
@@ -98,16 +84,8 @@ EncodeParams check_encode(const EncodeArguments& args) {
   set_pool(params.codes, kEncode, args.key_codes, cache, args.key_cache);
   set_code_table(params.codes, kEncode, args.code_table, cache, args.key_cache);
   if (args.coded_lens) {
-    const Tensor& lens = *args.coded_lens;
-    check_int32(kEncode, "coded_lens", lens, args.key_cache);
-    const bool per_head = lens.dim() == 2;
-    if (per_head) {
-      check_shape(kEncode, "coded_lens", lens, "[batch, num_kv_heads]",
-                  {cache.batch, cache.num_kv_heads});
-    } else {
-      check_shape(kEncode, "coded_lens", lens, "[batch]", {cache.batch});
-    }
-    point_to_coded_lens(params, lens);
+    check_lens(kEncode, "coded_lens", *args.coded_lens, cache, args.key_cache);
+    point_to_coded_lens(params, *args.coded_lens);
   }
   return params;
 }
