@@ -11,7 +11,8 @@
 namespace art {
 namespace {
 
-// Calls run(index) for all indices from any number of threads, each taking the next that is left.
+// Calls run(worker, item) for all items from any number of threads: a worker takes the next item
+// that is left.
 template <class Run>
 void share(int64_t num_items, int64_t num_workers, const Run& run) {
   std::atomic<int64_t> next{0};
