@@ -25,7 +25,7 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _raise_argument_error(error: RuntimeError) -> NoReturn:
-    """C++ knows one exception; its checks start with the operator's name."""
+    """C++ knows one exception; its checks of arguments start with the operator's name."""
     message = str(error).splitlines()[0] if str(error) else ""
     for name in ("decode_attention: ", "append_kv: ", "encode_keys: ", "guided_walk: "):
         if message.startswith(name):

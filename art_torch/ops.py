@@ -158,6 +158,7 @@ def decode_attention(
     Raises:
         ValueError: A shape, size, index or number is out of range.
         TypeError: A dtype or an argument's type is wrong.
+        RuntimeError: ``ART_CPU`` or ``ART_CUDA`` names no kernels that run here, or the GPU fails.
 
     Source: Attention Run-time Termination, arXiv 2606.00024, with walks of our own.
     """

@@ -164,6 +164,19 @@ def test_bad_append(name, device):
     assert (given["value_cache"] == (0 if "value_cache" in changes else 1)).all()
 
 
+def test_where_it_was_found():
+    """A KV head is named where each has slots of its own."""
+    given = append_arguments("cpu")
+    for name, end in (
+        ("slot_too_large", "got 144 for token 1"),
+        ("slots_per_head_too_large", "got 999 for token 1, KV head 1"),
+        ("key_dtype", "must be float32 like that of key_cache, got float16"),
+    ):
+        changes, kind, _ = BAD_APPEND[name]
+        with pytest.raises(kind, match=f"{end}$"):
+            append_kv(**{**given, **changes})
+
+
 @pytest.mark.parametrize("name", ["key", "value", "key_cache", "value_cache"])
 def test_append_of_what_requires_grad(name, device):
     given = append_arguments(device)

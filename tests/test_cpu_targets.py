@@ -65,6 +65,6 @@ codes = torch.zeros(1, 1, art_torch.key_code_bytes(32), dtype=torch.uint8)
 """
     done = run(["-c", program], "avx1024")
     assert done.returncode == 1
-    assert "ART_CPU must be one of " in done.stderr
+    assert "RuntimeError: ART_CPU must be one of " in done.stderr
     assert "got avx1024" in done.stderr
     assert "baseline" in done.stderr

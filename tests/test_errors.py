@@ -1,13 +1,21 @@
 """Bad input ends in a Python exception that says what was expected and what came."""
 
 import math
+import re
 
 import pytest
 import torch
 from cases import Case, build
 from contract import assert_refused, call
 
-from art_torch import DecodeResult, ResidualMass, Stability, decode_attention, reference
+from art_torch import (
+    DecodeResult,
+    ResidualMass,
+    Stability,
+    _operators,
+    decode_attention,
+    reference,
+)
 
 BATCH, HQ, HKV, DIM, PAGES, PAGE = 2, 4, 2, 32, 9, 16
 
@@ -220,6 +228,61 @@ def test_bad_argument_of_the_operator(name, device):
     assert_refused(decode_attention, given, kind, words)
 
 
+# name: (changed arguments, end of the message)
+FOUND_AT = {
+    "lens": ({"seq_lens": int32(40, -1)}, "got -1 for sequence 1"),
+    "lens_per_head": (
+        {"seq_lens": int32([40, 20], [20, 60])}, "got 60 for sequence 1, KV head 1",
+    ),
+    "starts": ({"seq_starts": int32(0, -3)}, "got -3 for sequence 1"),
+    "pages": ({"block_table": int32([3, 1, 2], [4, 9, 0])}, "got 9 at page 1 of sequence 1"),
+    "pages_per_head": (
+        {"block_table": int32([[3, 1, 2], [3, 1, -5]], [[4, 5, 0], [4, 5, 0]])},
+        "got -5 at page 2 of sequence 0, KV head 1",
+    ),
+    "walk_lens": (explicit(GOOD_WALK, ((2, 2), (3, 2))), "got 3 for sequence 1, KV head 0"),
+    "walk": (
+        explicit([[[0, 1], [2, 0]], [[0, 1], [1, 3]]]),
+        "got 3 at position 1 of sequence 1, KV head 1",
+    ),
+    "walk_twice": (
+        explicit([[[0, 1], [2, 2]], [[0, 1], [1, 0]]], checked=True),
+        "got 2 again at position 1 of sequence 0, KV head 1",
+    ),
+    "pinned": ({"num_pinned": int32([0, 1], [-2, 0])}, "got -2 for sequence 1, KV head 0"),
+    "key_dtype": (
+        {"key_cache": torch.zeros(PAGES, PAGE, HKV, DIM).half()},
+        "dtype of key_cache must be float32 like that of query, got float16",
+    ),
+    "value_dtype": (
+        {"value_cache": torch.zeros(PAGES, PAGE, HKV, DIM).bfloat16()},
+        "dtype of value_cache must be float32 like that of key_cache, got bfloat16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND_AT)
+def test_where_it_was_found(name):
+    """A KV head is named where each has its own."""
+    changes, end = FOUND_AT[name]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(decode_attention, arguments() | changes)
+    assert str(caught.value).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("limits", "end"),
+    [
+        ([[0.0, 0.0], [-1.0, 0.0]], "got -1 as d_scale of KV head 1"),
+        ([[0.0, math.nan], [0.0, 0.0]], "got nan as d_direction of KV head 0"),
+    ],
+)
+def test_where_a_bad_threshold_was_found(limits, end):
+    given = arguments() | {"criterion": 1, "thresholds": torch.tensor(limits)}
+    with pytest.raises(RuntimeError, match=end):
+        torch.ops.art.decode_attention(**given)
+
+
 def test_the_call_without_changes_is_good(device):
     given = arguments(device)
     for function in (decode_attention, reference.decode_attention):
@@ -289,6 +352,26 @@ def test_the_bare_operator_raises_runtime_error(changes, device):
     given = arguments(device) | moved(changes, device)
     with pytest.raises(RuntimeError, match="decode_attention: "):
         torch.ops.art.decode_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("decode_attention: patience must be at least 1, got 0", ValueError),
+        ("guided_walk: dtype of key_codes must be uint8, got int8", TypeError),
+        ("art_torch: decode_attention: CUDA kernel launch failed: out of memory", RuntimeError),
+        ("art_torch: append_kv: built without kernels for this GPU", RuntimeError),
+        ("ART_CUDA must be sm90, sm80 or portable, got sm70", RuntimeError),
+        ("", RuntimeError),
+    ],
+)
+def test_only_errors_of_an_argument_change_their_kind(message, kind):
+    def fail():
+        raise RuntimeError(message)
+
+    with pytest.raises(Exception, match=re.escape(message)) as caught:
+        _operators.call(fail)
+    assert caught.type is kind
 
 
 @pytest.mark.parametrize("name", ["query", "key_cache", "value_cache"])

@@ -96,6 +96,21 @@ OF_GUIDE = {
 }
 
 
+# Also where: the group, the sequence and, where each has its own, the KV head.
+FOUND_AT = {
+    "lens": ({"seq_lens": int32([1, 1], [1, 193])}, "got 193 for sequence 1, KV head 1"),
+    "codes": ({"code_table": int32([6, 0, 1], [7, 3, 4])}, "got 7 at group 0 of sequence 1"),
+    "codes_per_head": (
+        {"code_table": int32([[6, 0, 1], [6, -2, 1]], [[2, 3, 4], [2, 3, 4]])},
+        "got -2 at group 1 of sequence 0, KV head 1",
+    ),
+    "coded_lens": ({"coded_lens": int32(0, -64)}, "got -64 for sequence 1"),
+    "coded_lens_per_head": (
+        {"coded_lens": int32([0, -64], [0, 0])}, "got -64 for sequence 0, KV head 1",
+    ),
+}  # fmt: skip
+
+
 def on(device, given):
     """Arguments where the kernels are."""
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
@@ -120,6 +135,18 @@ def test_guided_walk_refuses(name, function, device):
         changes = {**changes, "query": torch.zeros(BATCH, HQ, 100)}
     given = on(device, {**query(), **cache(), **changes})
     assert_refused(function, given, kind, words)
+
+
+@pytest.mark.parametrize("name", FOUND_AT)
+def test_where_it_was_found(name):
+    changes, end = FOUND_AT[name]
+    with pytest.raises(ValueError, match=r"encode_keys: ") as caught:
+        encode_keys(**{**cache(), **changes})
+    assert str(caught.value).endswith(end)
+    if "coded_lens" not in changes:
+        with pytest.raises(ValueError, match=r"guided_walk: ") as caught:
+            guided_walk(**{**query(), **cache(), **changes})
+        assert str(caught.value).endswith(end)
 
 
 def test_page_size_of_a_guided_walk():
@@ -190,6 +217,14 @@ def test_decode_attention_with_a_guided_walk():
         attend(block_size=40)
 
 
+def test_a_guided_walk_that_is_not_given():
+    """The bare operator makes none."""
+    given = {**query(), **cache(), "value_cache": cache()["key_cache"]}
+    del given["key_codes"], given["code_table"]
+    with pytest.raises(RuntimeError, match=r"explicit walk that guided_walk makes.*got 'guided'"):
+        torch.ops.art.decode_attention(**given, walk_order="guided")
+
+
 def test_a_guided_walk_of_other_lengths():
     """The bare operator: units without a visible token are dropped, except from a guided walk."""
     given = {**query(), **cache()}
@@ -199,9 +234,8 @@ def test_a_guided_walk_of_other_lengths():
     given |= {"value_cache": given["key_cache"], "walk": walk.walk, "walk_lens": walk.walk_lens}
     attended = torch.ops.art.decode_attention
     assert attended(**given)[2].tolist() == [[140, 140], [17, 17]]
-    with pytest.raises(
-        RuntimeError, match=r"'guided' must list units with a visible.*got 2 at pos"
-    ):
+    words = "list units with a visible.*got 2 at position 2 of sequence 1, KV head 0, where"
+    with pytest.raises(RuntimeError, match=words):
         attended(**given, walk_order="guided")
     given["seq_lens"] = cache()["seq_lens"]
     expected, result = attended(**given), attended(**given, walk_order="guided")

@@ -25,7 +25,6 @@ struct Divider {
   ART_HD int32_t quotient(int32_t n) const {
     return static_cast<int32_t>(uint64_t{multiplier} * static_cast<uint32_t>(n) >> (31 + shift));
   }
-  ART_HD int32_t remainder(int32_t n) const { return n - quotient(n) * divisor; }
 };
 
 }  // namespace art

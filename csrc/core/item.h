@@ -6,6 +6,7 @@
 #include "core/macros.h"
 #include "core/params.h"
 #include "core/schedule.h"
+#include "core/termination.h"
 #include "core/walk.h"
 
 namespace art {
@@ -56,6 +57,17 @@ ART_HD Item make_item(const DecodeParams& params, int32_t index, TokenRange visi
   const int32_t* table = block_table_of(params, batch, head);
   const StepSchedule steps(walk, params.block_size, params.unit_size);
   return {static_cast<int32_t>(batch), static_cast<int32_t>(head), visible, walk, steps, table};
+}
+
+// For head g of the item's group; null: no sink, or no such head.
+ART_HD const float* sink_of(const DecodeParams& params, const Item& item, int32_t g) {
+  if (params.attn_sinks == nullptr || g >= params.group_size) return nullptr;
+  return params.attn_sinks + item.kv_head * params.group_size + g;
+}
+
+ART_HD StabilityThresholds thresholds_of(const DecodeParams& params, const Item& item) {
+  if (params.thresholds == nullptr) return {params.d_scale, params.d_direction};
+  return {params.thresholds[2 * item.kv_head], params.thresholds[2 * item.kv_head + 1]};
 }
 
 }  // namespace art

@@ -5,8 +5,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "core/bits.h"
 #include "core/macros.h"
 #include "core/online_softmax.h"
 
@@ -57,13 +57,8 @@ ART_HD bool in_range(const IncrementMoments& moments) {
 // both, so it changes no ratio.
 ART_HD float moment_scale(float largest) {
   if (!(largest > 0.0f) || largest == INFINITY) return 1.0f;
-  uint32_t bits;
-  memcpy(&bits, &largest, sizeof(bits));
-  const uint32_t exponent = bits >> 23 < 253u ? bits >> 23 : 253u;
-  const uint32_t inverse = (254u - exponent) << 23;  // 2^-e for a largest element of 2^e
-  float scale;
-  memcpy(&scale, &inverse, sizeof(scale));
-  return scale;
+  const uint32_t biased = bits_of(largest) >> 23, exponent = biased < 253u ? biased : 253u;
+  return float_of_bits((254u - exponent) << 23);  // 2^-e for a largest element of 2^e
 }
 
 // Relative change of the output's length, and one minus the cosine between old and new output.

@@ -8,7 +8,9 @@
 
 namespace art {
 
-constexpr int32_t kSinkTokens = 64;  // tokens that sink_recent reads first, and again as many last
+// Of the oldest tokens, which sink_recent reads first. It pins these and as many of the newest, the
+// next that it reads, unless it is told how many.
+constexpr int32_t kSinkTokens = 64;
 
 struct TokenRange {
   int32_t begin;
@@ -41,9 +43,10 @@ struct Walk {
         return from_the_end;
       case WalkOrder::kSinkRecent:
         return position < sink_units ? first_unit + position : from_the_end + sink_units;
-      default:
-        return units[position];
+      case WalkOrder::kExplicit:  // no default: a compiler warns where an order is missing
+        break;
     }
+    return units[position];
   }
 };
 

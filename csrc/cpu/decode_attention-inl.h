@@ -299,10 +299,7 @@ float largest_of(const FoldFactors& factors, const IncrementWeights& weights, co
 bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, bool compare,
                Accumulator running) {
   const int32_t row = padded(params.value_dim), dim = whole_vectors(params.value_dim);
-  StabilityThresholds thresholds = {params.d_scale, params.d_direction};
-  if (params.thresholds != nullptr) {
-    thresholds = {params.thresholds[2 * item.kv_head], params.thresholds[2 * item.kv_head + 1]};
-  }
+  const StabilityThresholds thresholds = thresholds_of(params, item);
   bool stable = true;
   fold_heads(params.group_size, step.softmax, running.softmax, [&](int32_t g, float scale) {
     const float* incoming = step.values + g * row;
@@ -311,10 +308,8 @@ bool fold_step(const DecodeParams& params, const Item& item, Accumulator step, b
     const FoldFactors factors = fold(running.softmax[g], step.softmax[g], scale);
     // One head that is not stable decides for its group.
     if (compare && stable) {
-      const int32_t head = item.kv_head * params.group_size + g;
-      const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
-      const IncrementWeights weights =
-          increment_weights(before, step.softmax[g], running.softmax[g], factors, sink);
+      const IncrementWeights weights = increment_weights(
+          before, step.softmax[g], running.softmax[g], factors, sink_of(params, item, g));
       IncrementMoments moments = moments_of(factors, weights, values, incoming, dim, 1.0f);
       if (!in_range(moments)) {
         const float common = moment_scale(largest_of(factors, weights, values, incoming, dim));
@@ -335,8 +330,7 @@ void write_output_as(const DecodeParams& params, const Item& item, Accumulator r
     const int64_t head = int64_t{item.kv_head} * params.group_size + g;
     const int64_t index = item.batch * int64_t{params.num_q_heads} + head;
     const SoftmaxState& state = running.softmax[g];
-    const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
-    const float denominator = state.sum + sink_mass(state, sink);
+    const float denominator = state.sum + sink_mass(state, sink_of(params, item, g));
     Out* out = static_cast<Out*>(params.out) + index * params.value_dim;
     for (int32_t d = 0; d < params.value_dim; ++d) {
       // Nothing read leaves 0 / 0, which is defined as zero.

@@ -53,14 +53,8 @@ struct Workspace {
   size_t bytes;
 };
 
-Scratch take_scratch(const DecodeParams& params, Arena& arena) {
-  const size_t heads = round_up(params.group_size, kHeadsPerPass);
-  Scratch scratch;
-  scratch.query = arena.take<float>(heads * round_up(params.head_dim, kRowAlignment));
-  scratch.plain_query = arena.take<float>(heads * round_up(params.head_dim, kRowAlignment));
-  scratch.scores = arena.take<float>(heads * kScoreStride);
-  const bool copies_keys = params.key.dim_stride != 1;
-  scratch.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * params.head_dim : 0);
+Scratch take_decode_scratch(const DecodeParams& params, Arena& arena) {
+  Scratch scratch = take_scratch(params, arena);
   scratch.step = take_accumulator(params, arena);
   scratch.tile = take_accumulator(params, arena);
   return scratch;
@@ -69,7 +63,7 @@ Scratch take_scratch(const DecodeParams& params, Arena& arena) {
 Workspace lay_out(const DecodeParams& params, const DecodePlan& plan, void* base) {
   Arena accumulator(nullptr), scratch(nullptr), arena(base);
   take_accumulator(params, accumulator);
-  take_scratch(params, scratch);
+  take_decode_scratch(params, scratch);
   Workspace space;
   space.accumulator_bytes = accumulator.used();
   space.scratch_bytes = scratch.used();
@@ -119,7 +113,7 @@ class Worker {
   Worker(const DecodeParams& params, const DecodePlan& plan, const Workspace& space, int64_t worker)
       : params_(params), plan_(plan), space_(space), kernels_(kernels(params.dtype)) {
     Arena arena(space.scratch + worker * space.scratch_bytes);
-    scratch_ = take_scratch(params, arena);
+    scratch_ = take_decode_scratch(params, arena);
   }
 
   void run() {
@@ -195,7 +189,7 @@ class Worker {
     const int64_t entry = space_.kept_entries[index * params_.max_units + last];
     for (int32_t g = 0; g < params_.group_size; ++g) {
       const int32_t head = item.kv_head * params_.group_size + g;
-      const float* sink = params_.attn_sinks == nullptr ? nullptr : params_.attn_sinks + head;
+      const float* sink = sink_of(params_, item, g);
       const int64_t row = (item.batch * int64_t{params_.num_q_heads} + head) * params_.max_units;
       const float log_rest = params_.log_rest[row + entry];
       if (!is_covered(running.softmax[g], sink, log_rest, params_.residual_limit)) return false;

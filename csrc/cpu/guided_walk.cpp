@@ -9,17 +9,13 @@
 namespace art::cpu {
 namespace {
 
-GuidedScratch take_scratch(const GuidedParams& params, Arena& arena) {
+GuidedScratch take_guided_scratch(const GuidedParams& params, Arena& arena) {
   const DecodeParams& attention = params.attention;
   const size_t heads = round_up(attention.group_size, kHeadsPerPass);
   const size_t fields = round_up(4 * CodeLayout(attention.head_dim).steps, kRowAlignment);
   const size_t units = attention.group_size * size_t(round_up(params.max_units, kTilePadding));
-  const bool copies_keys = attention.key.dim_stride != 1;
   GuidedScratch scratch = {};
-  scratch.tile.query = arena.take<float>(heads * round_up(attention.head_dim, kRowAlignment));
-  scratch.tile.plain_query = arena.take<float>(heads * round_up(attention.head_dim, kRowAlignment));
-  scratch.tile.scores = arena.take<float>(heads * kScoreStride);
-  scratch.tile.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * attention.head_dim : 0);
+  scratch.tile = take_scratch(attention, arena);
   scratch.code_query = arena.take<float>(heads * kPlaces * fields);
   scratch.scaled = arena.take<float>(heads * kPlaces * fields);
   scratch.unit_max = arena.take<float>(units);
@@ -43,10 +39,8 @@ void share_of_units(const DecodeParams& params, const Item& item, const int16_t*
                     int32_t unit_stride, int32_t* scores) {
   const int32_t num_units = item.walk.num_units;
   for (int32_t g = 0; g < params.group_size; ++g) {
-    const int32_t head = item.kv_head * params.group_size + g;
-    const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
     const int16_t* of_head = unit_lse + int64_t{g} * unit_stride;
-    const int32_t total = total_steps(of_head, num_units, sink);
+    const int32_t total = total_steps(of_head, num_units, sink_of(params, item, g));
     for (int32_t u = 0; u < num_units; ++u) {
       const int32_t score = of_head[u] - total;
       scores[u] = g == 0 ? score : std::max(scores[u], score);
@@ -93,7 +87,7 @@ void order_units(const GuidedUnits& units, const int32_t* scores, int32_t* walk,
 
 size_t guided_bytes(const GuidedParams& params) {
   Arena arena(nullptr);
-  take_scratch(params, arena);
+  take_guided_scratch(params, arena);
   arena.take<int32_t>(params.max_units);
   return arena.used();
 }
@@ -120,7 +114,7 @@ void guide_item(const GuidedParams& params, int64_t index, void* memory) {
   int32_t* walk = params.walk + index * params.max_units;
   float* log_mass = params.log_mass + index * params.max_units;
   Arena arena(memory);
-  GuidedScratch scratch = take_scratch(params, arena);
+  GuidedScratch scratch = take_guided_scratch(params, arena);
   // Units are kept by groups, the first of which may begin before what is visible.
   const int16_t* unit_lse = scratch.unit_lse + units.begin % kGroupUnits;
   int32_t* scores = arena.take<int32_t>(params.max_units);

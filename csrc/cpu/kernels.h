@@ -12,6 +12,7 @@
 #include "core/params.h"
 #include "core/termination.h"
 #include "core/unit_order.h"
+#include "cpu/arena.h"
 
 namespace art::cpu {
 
@@ -43,10 +44,23 @@ struct Scratch {
   Accumulator tile;   // second and later tiles of a step
 };
 
+// All but the accumulators.
+inline Scratch take_scratch(const DecodeParams& params, Arena& arena) {
+  const size_t heads = round_up(params.group_size, kHeadsPerPass);
+  const size_t row = round_up(params.head_dim, kRowAlignment);
+  const bool copies_keys = params.key.dim_stride != 1;
+  Scratch scratch = {};
+  scratch.query = arena.take<float>(heads * row);
+  scratch.plain_query = arena.take<float>(heads * row);
+  scratch.scores = arena.take<float>(heads * kScoreStride);
+  scratch.keys = arena.take<float>(copies_keys ? size_t{kTileTokens} * params.head_dim : 0);
+  return scratch;
+}
+
 // Buffers of one worker of a guided walk. Rows of code queries are in the order of
 // CodeLayout::position(), each of the four places in a field padded to whole vectors.
 struct GuidedScratch {
-  Scratch tile;       // query, scores and keys only
+  Scratch tile;       // without accumulators
   float* code_query;  // [group_size rounded up to kHeadsPerPass, 4, padded fields]
   float* scaled;      // the same, times the scales of a group
   // Units by groups, from that of the first visible token on.

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "core/schedule.h"
 #include "cuda/arena.h"
@@ -155,15 +156,15 @@ cudaError_t launch_portable(const DecodeParams& params, void* workspace, cudaStr
 
 int newest_kernels() {
   static const int newest = [] {
-    const char* name = std::getenv("ART_CUDA");
-    if (name == nullptr || *name == '\0' || std::strcmp(name, "sm90") == 0) return 90;
-    if (std::strcmp(name, "sm80") == 0) return 80;
-    return std::strcmp(name, "portable") == 0 ? 0 : -1;
+    const char* variable = std::getenv("ART_CUDA");
+    const std::string wanted = variable == nullptr ? "" : variable;
+    if (wanted.empty() || wanted == "sm90") return 90;
+    if (wanted == "sm80") return 80;
+    if (wanted == "portable") return 0;
+    throw std::runtime_error("ART_CUDA must be sm90, sm80 or portable, got " + wanted);
   }();
   return newest;
 }
-
-bool environment_is_valid() { return newest_kernels() >= 0; }
 
 cudaError_t workspace_bytes(const DecodeParams& params, int64_t num_splits, size_t* bytes) {
   Plan plan;

@@ -10,9 +10,8 @@
 namespace art::cuda {
 
 // The newest kernels that may be used: 90, 80 or 0 for sm90, sm80 or portable in the environment
-// variable ART_CUDA, 90 without it, and -1 if it is none of them.
+// variable ART_CUDA, 90 without it. Throws if it is none of them.
 int newest_kernels();
-bool environment_is_valid();
 
 // Device memory that a call needs. Known from sizes alone: nothing is read from the device.
 // `num_splits` 0 leaves the number of thread blocks per item to the schedule.

@@ -95,9 +95,9 @@ __device__ inline int32_t last_entry_of(const Item& item, int32_t step, const Ke
 __device__ inline bool is_head_covered(const DecodeParams& params, const Item& item, int32_t g,
                                        int32_t entry, const SoftmaxState& read) {
   const int32_t head = item.kv_head * params.group_size + g;
-  const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
   const int64_t row = (int64_t{item.batch} * params.num_q_heads + head) * params.max_units;
-  return is_covered(read, sink, params.log_rest[row + entry], params.residual_limit);
+  return is_covered(read, sink_of(params, item, g), params.log_rest[row + entry],
+                    params.residual_limit);
 }
 
 }  // namespace art::cuda

@@ -1,12 +1,15 @@
-// New tensors beside others. torch::stable::new_empty() looks its operator up by name at each call,
-// and a short decode attention consists of such calls.
+// New tensors beside others, from torch's allocator for their device: recorded in CUDA graphs like
+// any other. torch::stable::new_empty() looks its operator up by name at each call, and a short
+// decode attention consists of such calls.
 #pragma once
 
+#include <cstdint>
 #include <initializer_list>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/arena.h"
 #include "ops/check.h"
 
 namespace art {
@@ -30,6 +33,19 @@ inline Tensor new_empty(const Tensor& beside, std::initializer_list<int64_t> sha
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape.begin(), strides, type, device_type,
                                                   device_index, &tensor));
   return Tensor(tensor);
+}
+
+// Memory of the CPU that starts where a cpu::Arena has to.
+struct Workspace {
+  Tensor owner;
+  char* memory;
+};
+
+inline Workspace aligned_workspace(const Tensor& beside, int64_t bytes) {
+  constexpr int64_t kAlignment = cpu::Arena::kAlignment;
+  const Tensor owner = new_empty(beside, {bytes + kAlignment}, ScalarType::Byte);
+  const auto address = reinterpret_cast<uintptr_t>(owner.mutable_data_ptr());
+  return {owner, reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment)};
 }
 
 }  // namespace art

@@ -24,7 +24,7 @@ AppendParams check_one(const char* name, const Tensor& source, const char* cache
     ART_CHECK(cache.size(3) <= kMaxInt8Dim, kOp, ": rows of an int8 ", cache_name,
               " must have at most ", kMaxInt8Dim, " elements, got ", cache.size(3));
   } else {
-    check_dtype(kOp, name, source, cache.scalar_type());
+    check_same_dtype(kOp, name, source, cache_name, cache);
   }
   check_shape(kOp, name, source, "[tokens, num_kv_heads, dim]",
               {slots.size(0), cache.size(2), cache.size(3)});
@@ -73,10 +73,7 @@ AppendPair check_append(const Tensor& key, const Tensor& value, const Tensor& ke
   ART_CHECK(slot_mapping.dim() == 1 || slot_mapping.size(1) == key.size(1), kOp,
             ": slot_mapping must have shape [tokens, num_kv_heads] = ",
             text_of({key.size(0), key.size(1)}), ", got ", shape_of(slot_mapping));
-  ART_CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(1) == key_cache.size(1) &&
-                value_cache.size(2) == key_cache.size(2),
-            kOp, ": value_cache must have the pages and heads of key_cache, ", shape_of(key_cache),
-            ", got ", shape_of(value_cache));
+  check_same_pages(kOp, value_cache, key_cache);
   return pair;
 }
 
@@ -88,7 +85,8 @@ void check_slots(const AppendParams& params, int64_t num_pages) {
       const int64_t slot =
           params.slots[token * params.slots_token_stride + head * params.slots_head_stride];
       ART_CHECK(slot >= -1 && slot < num_slots, kOp, ": slot_mapping must be from -1 (skip) to ",
-                num_slots - 1, ", got ", slot, " for token ", token);
+                num_slots - 1, ", got ", slot, " for token ", token,
+                params.slots_head_stride == 0 ? "" : ", KV head " + std::to_string(head));
     }
   }
 }

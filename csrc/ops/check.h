@@ -87,6 +87,12 @@ inline std::string text_of(std::initializer_list<int64_t> shape) {
   return "[" + text + "]";
 }
 
+// Where a value was found. `head_stride` 0: all heads share it, and none is named.
+inline std::string text_of_item(int64_t batch, int64_t head, int64_t head_stride) {
+  const std::string sequence = "sequence " + std::to_string(batch);
+  return head_stride == 0 ? sequence : sequence + ", KV head " + std::to_string(head);
+}
+
 inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
   if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
   int64_t d = 0;
@@ -100,6 +106,13 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType want) {
   ART_CHECK(tensor.scalar_type() == want, op, ": dtype of ", name, " must be ", dtype_name(want),
             ", got ", dtype_name(tensor.scalar_type()));
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& tensor,
+                             const char* other_name, const Tensor& other) {
+  ART_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": dtype of ", name, " must be ",
+            dtype_name(other.scalar_type()), " like that of ", other_name, ", got ",
+            dtype_name(tensor.scalar_type()));
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, const char* meaning,

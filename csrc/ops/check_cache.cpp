@@ -46,6 +46,27 @@ void check_int32(const char* op, const char* name, const Tensor& tensor, const T
   check_same_device(op, name, tensor, first);
 }
 
+void check_lens(const char* op, const char* name, const Tensor& lens, const DecodeParams& cache,
+                const Tensor& first) {
+  check_int32(op, name, lens, first);
+  ART_CHECK(has_shape(lens, {cache.batch}) || has_shape(lens, {cache.batch, cache.num_kv_heads}),
+            op, ": ", name, " must have shape [batch] or [batch, num_kv_heads] = ",
+            text_of({cache.batch, cache.num_kv_heads}), ", got ", shape_of(lens));
+}
+
+int64_t check_table(const char* op, const char* name, const Tensor& table, const char* width,
+                    const DecodeParams& cache, const Tensor& first) {
+  check_int32(op, name, table, first);
+  const int64_t entries = table.dim() == 0 ? 0 : table.size(table.dim() - 1);
+  ART_CHECK(has_shape(table, {cache.batch, entries}) ||
+                has_shape(table, {cache.batch, cache.num_kv_heads, entries}),
+            op, ": ", name, " must have shape [batch, ", width, "] or [batch, num_kv_heads, ",
+            width, "] = [", cache.batch, ", ", cache.num_kv_heads, ", *], got ", shape_of(table));
+  ART_CHECK(entries <= 1 || table.stride(table.dim() - 1) == 1, op, ": the last dimension of ",
+            name, " must be contiguous");
+  return entries;
+}
+
 const float* optional_floats(const char* op, const char* name, const std::optional<Tensor>& tensor,
                              const char* meaning, std::initializer_list<int64_t> shape,
                              const Tensor& first) {
@@ -72,6 +93,13 @@ PagedCache paged_cache(const Tensor& cache) {
           cache.stride(3)};
 }
 
+void check_same_pages(const char* op, const Tensor& value_cache, const Tensor& key_cache) {
+  const int64_t pages = key_cache.size(0), page_size = key_cache.size(1);
+  ART_CHECK(has_shape(value_cache, {pages, page_size, key_cache.size(2), value_cache.size(3)}), op,
+            ": value_cache must have the pages and heads of key_cache, ", shape_of(key_cache),
+            ", got ", shape_of(value_cache));
+}
+
 PagedScales paged_scales(const char* op, const char* name, const std::optional<Tensor>& scale,
                          const char* cache_name, const Tensor& cache) {
   const bool is_int8 = cache.scalar_type() == ScalarType::Char;
@@ -92,7 +120,7 @@ void set_query(DecodeParams& params, const char* op, const Tensor& query, const 
   check_rank(op, "key_cache", key_cache, 4, "[num_pages, page_size, num_kv_heads, head_dim]");
   params.query_dtype = check_element_type(op, "query", query);
   if (key_cache.scalar_type() != ScalarType::Char) {  // which goes with any query
-    check_dtype(op, "key_cache", key_cache, query.scalar_type());
+    check_same_dtype(op, "key_cache", key_cache, "query", query);
   }
   const int64_t heads = query.size(1), kv_heads = key_cache.size(2);
   ART_CHECK(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0, op,
@@ -140,34 +168,14 @@ void point_to_tables(DecodeParams& params, const Tensor& block_table, const Tens
 
 void set_tables(DecodeParams& params, const char* op, const Tensor& table, const Tensor& lens,
                 const std::optional<Tensor>& seq_starts, const Tensor& first) {
-  check_int32(op, "block_table", table, first);
-  check_int32(op, "seq_lens", lens, first);
-  const int64_t batch = params.batch, heads = params.num_kv_heads;
-  ART_CHECK(table.dim() == 2 || table.dim() == 3, op,
-            ": block_table must have shape [batch, max_pages] or [batch, num_kv_heads, ",
-            "max_pages], got ", shape_of(table));
-  const bool table_per_head = table.dim() == 3;
-  const int64_t max_pages = table.size(table.dim() - 1);
-  if (table_per_head) {
-    check_shape(op, "block_table", table, "[batch, num_kv_heads, max_pages]",
-                {batch, heads, max_pages});
-  } else {
-    check_shape(op, "block_table", table, "[batch, max_pages]", {batch, max_pages});
-  }
-  ART_CHECK(max_pages <= 1 || table.stride(table.dim() - 1) == 1, op,
-            ": the last dimension of block_table must be contiguous");
-  const bool lens_per_head = lens.dim() == 2;
-  if (lens_per_head) {
-    check_shape(op, "seq_lens", lens, "[batch, num_kv_heads]", {batch, heads});
-  } else {
-    check_shape(op, "seq_lens", lens, "[batch]", {batch});
-  }
+  const int64_t max_pages = check_table(op, "block_table", table, "max_pages", params, first);
+  check_lens(op, "seq_lens", lens, params, first);
   ART_CHECK(max_pages * params.page_size <= std::numeric_limits<int32_t>::max(), op,
             ": block_table must address fewer than 2^31 tokens, got ", max_pages, " pages of ",
             params.page_size);
   params.max_pages = max_pages;
   point_to_tables(params, table, lens);
-  params.seq_starts = optional_ints(op, "seq_starts", seq_starts, "[batch]", {batch}, first);
+  params.seq_starts = optional_ints(op, "seq_starts", seq_starts, "[batch]", {params.batch}, first);
 }
 
 void set_logits(DecodeParams& params, const char* op, const LogitArguments& args,
@@ -196,8 +204,8 @@ TokenRange check_length(const DecodeParams& params, const char* op, int64_t batc
   const int32_t len =
       params.seq_lens[batch * params.seq_lens_batch_stride + head * params.seq_lens_head_stride];
   ART_CHECK(len >= 0 && len <= capacity, op, ": seq_lens must be from 0 to ", capacity, " (",
-            params.max_pages, " pages of ", params.page_size, "), got ", len, " for sequence ",
-            batch);
+            params.max_pages, " pages of ", params.page_size, "), got ", len, " for ",
+            text_of_item(batch, head, params.seq_lens_head_stride));
   const int32_t start = params.seq_starts == nullptr ? 0 : params.seq_starts[batch];
   ART_CHECK(start >= 0, op, ": seq_starts must not be negative, got ", start, " for sequence ",
             batch);
@@ -212,7 +220,8 @@ void check_pages(const DecodeParams& params, const char* op, int64_t batch, int6
   for (int32_t i = tokens.begin / params.page_size; i <= last; ++i) {
     ART_CHECK(table[i] >= 0 && table[i] < params.num_pages, op,
               ": page ids in block_table must be from 0 to ", params.num_pages - 1, ", got ",
-              table[i], " at page ", i, " of sequence ", batch);
+              table[i], " at page ", i, " of ",
+              text_of_item(batch, head, params.block_table_head_stride));
   }
 }
 

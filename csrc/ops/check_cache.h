@@ -33,6 +33,14 @@ void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t 
 void check_row_dim(const char* op, const char* name, int64_t dim);
 void check_int32(const char* op, const char* name, const Tensor& tensor, const Tensor& first);
 
+// What all heads of a sequence share, or each has of its own: lengths, of shape [batch] or
+// [batch, num_kv_heads], and tables, which have a row for each. Returns how long rows are, which is
+// called `width` in messages.
+void check_lens(const char* op, const char* name, const Tensor& lens, const DecodeParams& cache,
+                const Tensor& first);
+int64_t check_table(const char* op, const char* name, const Tensor& table, const char* width,
+                    const DecodeParams& cache, const Tensor& first);
+
 // Data of an optional contiguous tensor; null when absent.
 const float* optional_floats(const char* op, const char* name, const std::optional<Tensor>& tensor,
                              const char* meaning, std::initializer_list<int64_t> shape,
@@ -42,6 +50,9 @@ const int32_t* optional_ints(const char* op, const char* name, const std::option
                              const Tensor& first);
 
 PagedCache paged_cache(const Tensor& cache);
+
+// Of two caches with four dimensions.
+void check_same_pages(const char* op, const Tensor& value_cache, const Tensor& key_cache);
 
 // The scales of an int8 cache, which any other must not have.
 PagedScales paged_scales(const char* op, const char* name, const std::optional<Tensor>& scale,

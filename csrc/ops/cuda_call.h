@@ -6,7 +6,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/decode_attention.h"
 #include "ops/check.h"
 
 namespace art {
@@ -17,18 +16,15 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Not messages that start with the operator's name: no argument is wrong, and Python shall raise a
+// RuntimeError.
 inline void check_launch(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    fail_check(op, ": art_torch was built without kernels for this GPU; rebuild it with ",
+    fail_check("art_torch: ", op, ": built without kernels for this GPU; rebuild art_torch with ",
                "ART_CUDA_ARCHS set to the GPU's compute capability");
   }
-  fail_check(op, ": CUDA kernel launch failed: ", cudaGetErrorString(error));
-}
-
-inline void check_environment(const char* op) {
-  if (cuda::environment_is_valid()) return;
-  fail_check(op, ": the environment variable ART_CUDA must be sm90, sm80 or portable");
+  fail_check("art_torch: ", op, ": CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
 // A contiguous copy where the host can read it. Waits for the device.

@@ -19,12 +19,9 @@ void set_values(DecodeParams& params, const DecodeArguments& args) {
   const Tensor &key = args.key_cache, &value = args.value_cache;
   check_rank(kOp, "value_cache", value, 4, "[num_pages, page_size, num_kv_heads, value_dim]");
   check_same_device(kOp, "value_cache", value, args.query);
-  check_dtype(kOp, "value_cache", value, key.scalar_type());
+  check_same_dtype(kOp, "value_cache", value, "key_cache", key);
   check_row_dim(kOp, "value_dim", value.size(3));
-  ART_CHECK(
-      value.size(0) == key.size(0) && value.size(1) == key.size(1) && value.size(2) == key.size(2),
-      kOp, ": value_cache must have the pages and heads of key_cache, ", shape_of(key), ", got ",
-      shape_of(value));
+  check_same_pages(kOp, value, key);
   ART_CHECK(value.stride(3) == 1, kOp, ": the last dimension of value_cache must be contiguous");
   params.value_dim = value.size(3);
   params.value = paged_cache(value);
@@ -35,8 +32,9 @@ WalkOrder parse_walk_order(const std::string& name) {
   if (name == "sink_recent") return WalkOrder::kSinkRecent;
   if (name == "recent_first") return WalkOrder::kRecentFirst;
   if (name == "oldest_first") return WalkOrder::kOldestFirst;
-  fail_check(kOp, ": walk_order must be 'oldest_first', 'recent_first' or 'sink_recent', got '",
-             name, "'");
+  fail_check(kOp,
+             ": walk_order must be 'oldest_first', 'recent_first' or 'sink_recent', or 'guided' ",
+             "with the explicit walk that guided_walk makes from key codes, got '", name, "'");
 }
 
 void set_walk(DecodeParams& params, const DecodeArguments& args) {

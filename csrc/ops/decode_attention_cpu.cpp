@@ -15,16 +15,12 @@ void launch_cpu(const DecodeArguments& args, const DecodeParams& params, int64_t
   if (params.batch == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const cpu::DecodePlan plan = cpu::plan_decode(params, threads, num_splits);
-  constexpr int64_t kAlignment = 64;
-  const int64_t bytes = static_cast<int64_t>(plan.workspace_bytes) + kAlignment;
-  const Tensor workspace = new_empty(args.query, {bytes}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
-  void* const memory =
-      reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  cpu::begin_decode(params, plan, memory);
+  const Workspace workspace =
+      aligned_workspace(args.query, static_cast<int64_t>(plan.workspace_bytes));
+  cpu::begin_decode(params, plan, workspace.memory);
   torch::stable::parallel_for(0, plan.num_workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      cpu::run_decode_worker(params, plan, memory, worker);
+      cpu::run_decode_worker(params, plan, workspace.memory, worker);
     }
   });
 }

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "ops/allocate.h"
 #include "ops/check_cache.h"
 #include "ops/cuda_call.h"
 #include "ops/decode_attention.h"
@@ -35,11 +36,9 @@ void launch_cuda(const DecodeArguments& args, const DecodeParams& params, int64_
   if (params.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
   if (is_checked(args.checked)) check_values_on_device(args, params);
-  check_environment("decode_attention");
   size_t bytes = 0;
   check_launch("decode_attention", cuda::workspace_bytes(params, num_splits, &bytes));
-  const Tensor workspace = torch::stable::new_empty(args.query, {static_cast<int64_t>(bytes)},
-                                                    torch::headeronly::ScalarType::Byte);
+  const Tensor workspace = new_empty(args.query, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   check_launch("decode_attention",
                cuda::launch_decode(params, num_splits, workspace.mutable_data_ptr(),
                                    current_stream(args.query)));

@@ -1,9 +1,8 @@
 #include "ops/key_codes.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include "core/coded_groups.h"
 #include "core/key_codes.h"
+#include "ops/allocate.h"
 #include "ops/check.h"
 #include "ops/check_cache.h"
 
@@ -40,27 +39,13 @@ void set_pool(CodePool& codes, const char* op, const Tensor& pool, const DecodeP
 
 void set_code_table(CodePool& codes, const char* op, const Tensor& table, const DecodeParams& cache,
                     const Tensor& first) {
-  check_int32(op, "code_table", table, first);
-  const bool per_head = table.dim() == 3;
-  const int64_t batch = cache.batch, heads = cache.num_kv_heads;
-  ART_CHECK(per_head || table.dim() == 2, op,
-            ": code_table must have shape [batch, max_groups] or [batch, num_kv_heads, ",
-            "max_groups], got ", shape_of(table));
-  const int64_t max_groups = table.size(table.dim() - 1);
-  if (per_head) {
-    check_shape(op, "code_table", table, "[batch, num_kv_heads, max_groups]",
-                {batch, heads, max_groups});
-  } else {
-    check_shape(op, "code_table", table, "[batch, max_groups]", {batch, max_groups});
-  }
+  const int64_t max_groups = check_table(op, "code_table", table, "max_groups", cache, first);
   // So that no length that fits the block table needs an entry that is not there.
   const int64_t capacity = int64_t{cache.max_pages} * cache.page_size;
   ART_CHECK(max_groups >= capacity / kGroupTokens, op, ": code_table must have at least ",
             capacity / kGroupTokens, " entries a row, one for each ", kGroupTokens,
             " tokens that block_table holds (", cache.max_pages, " pages of ", cache.page_size,
             "), got ", max_groups);
-  ART_CHECK(max_groups <= 1 || table.stride(table.dim() - 1) == 1, op,
-            ": the last dimension of code_table must be contiguous");
   point_to_table(codes, table);
 }
 
@@ -70,7 +55,7 @@ void check_code_ids(const CodePool& codes, const char* op, int64_t batch, int64_
   for (int32_t g = groups.begin; g < groups.end; ++g) {
     ART_CHECK(table[g] >= 0 && table[g] < codes.num_pages, op,
               ": ids in code_table must be from 0 to ", codes.num_pages - 1, ", got ", table[g],
-              " at group ", g, " of sequence ", batch);
+              " at group ", g, " of ", text_of_item(batch, head, codes.table_head_stride));
   }
 }
 
@@ -99,16 +84,8 @@ EncodeParams check_encode(const EncodeArguments& args) {
   set_pool(params.codes, kEncode, args.key_codes, cache, args.key_cache);
   set_code_table(params.codes, kEncode, args.code_table, cache, args.key_cache);
   if (args.coded_lens) {
-    const Tensor& lens = *args.coded_lens;
-    check_int32(kEncode, "coded_lens", lens, args.key_cache);
-    const bool per_head = lens.dim() == 2;
-    if (per_head) {
-      check_shape(kEncode, "coded_lens", lens, "[batch, num_kv_heads]",
-                  {cache.batch, cache.num_kv_heads});
-    } else {
-      check_shape(kEncode, "coded_lens", lens, "[batch]", {cache.batch});
-    }
-    point_to_coded_lens(params, lens);
+    check_lens(kEncode, "coded_lens", *args.coded_lens, cache, args.key_cache);
+    point_to_coded_lens(params, *args.coded_lens);
   }
   return params;
 }
@@ -137,7 +114,7 @@ GuidedParams check_guided(const GuidedArguments& args) {
 GuidedOutputs allocate_outputs(const GuidedArguments& args, GuidedParams& params) {
   const int64_t batch = params.attention.batch, heads = params.attention.num_kv_heads;
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(args.query, shape, dtype);
+    return new_empty(args.query, shape, dtype);
   };
   const GuidedOutputs outputs = {
       empty({batch, heads, params.max_units}, ScalarType::Int),
@@ -162,7 +139,7 @@ void check_values(const EncodeParams& params) {
       ART_CHECK(groups.begin >= 0, kEncode, ": coded_lens must not be negative, got ",
                 params.coded_lens[batch * params.coded_lens_batch_stride +
                                   head * params.coded_lens_head_stride],
-                " for sequence ", batch);
+                " for ", text_of_item(batch, head, params.coded_lens_head_stride));
       if (groups.begin >= groups.end) continue;
       check_code_ids(params.codes, kEncode, batch, head, groups);
       check_pages(cache, kEncode, batch, head,

@@ -3,15 +3,16 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/arena.h"
 #include "cpu/encode_keys.h"
 #include "cpu/guided_walk.h"
+#include "ops/allocate.h"
 #include "ops/key_codes.h"
 
 namespace art {
 namespace {
 
-// Calls run(index) for all indices from any number of threads, each taking the next that is left.
+// Calls run(worker, item) for all items from any number of threads: a worker takes the next item
+// that is left.
 template <class Run>
 void share(int64_t num_items, int64_t num_workers, const Run& run) {
   std::atomic<int64_t> next{0};
@@ -34,15 +35,10 @@ void guide_on_cpu(const GuidedArguments& args, const GuidedParams& params, int64
   check_values(params);
   const int64_t items = int64_t{params.attention.batch} * params.attention.num_kv_heads;
   const int64_t workers = cpu::guided_workers(params, torch::stable::get_num_threads());
-  constexpr int64_t kAlignment = cpu::Arena::kAlignment;
   const int64_t bytes = static_cast<int64_t>(cpu::guided_bytes(params));
-  const Tensor workspace = torch::stable::new_empty(args.query, {bytes * workers + kAlignment},
-                                                    torch::headeronly::ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
-  char* const memory =
-      reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  const Workspace workspace = aligned_workspace(args.query, bytes * workers);
   share(items, workers, [&](int64_t worker, int64_t item) {
-    cpu::guide_item(params, item, memory + worker * bytes);
+    cpu::guide_item(params, item, workspace.memory + worker * bytes);
   });
 }
 

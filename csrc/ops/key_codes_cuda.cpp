@@ -5,6 +5,7 @@
 
 #include "cuda/encode_keys.h"
 #include "cuda/guided_walk.h"
+#include "ops/allocate.h"
 #include "ops/check_cache.h"
 #include "ops/cuda_call.h"
 
@@ -47,10 +48,8 @@ void encode_on_gpu(const EncodeArguments& args, const EncodeParams& params) {
 void guide_on_gpu(const GuidedArguments& args, const GuidedParams& params, int64_t num_splits) {
   const torch::stable::accelerator::DeviceGuard guard(args.query.get_device_index());
   if (is_checked(args.checked)) check_values_on_device(args, params);
-  check_environment("guided_walk");
   const int64_t bytes = static_cast<int64_t>(cuda::guided_workspace_bytes(params));
-  const Tensor workspace =
-      torch::stable::new_empty(args.query, {bytes}, torch::headeronly::ScalarType::Byte);
+  const Tensor workspace = new_empty(args.query, {bytes}, ScalarType::Byte);
   check_launch("guided_walk", cuda::launch_guided(params, num_splits, workspace.mutable_data_ptr(),
                                                   current_stream(args.query)));
 }

@@ -23,9 +23,7 @@ void check_divider() {
   constexpr int32_t kMax = 0x7fffffff;
   std::mt19937 random(1);
   const auto check = [](int32_t divisor, int32_t n) {
-    const art::Divider divider(divisor);
-    expect(divider.quotient(n) == n / divisor, "quotient", n, divisor);
-    expect(divider.remainder(n) == n % divisor, "remainder", n, divisor);
+    expect(art::Divider(divisor).quotient(n) == n / divisor, "quotient", n, divisor);
   };
   for (int32_t divisor = 1; divisor <= 5000; ++divisor) {
     for (int i = 0; i < 20; ++i) {

@@ -150,6 +150,32 @@ def test_checked_mode_finds_bad_slots(slot, gpu, monkeypatch):
     assert_refused(append_kv, given, ValueError, str(slot))
 
 
+CALLS = {
+    "attention": "art_torch.decode_attention(query, keys, keys, table, lens)",
+    "walk": "art_torch.guided_walk(query, keys, table, lens, codes, table)",
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_kernels_that_do_not_exist(call, gpu):
+    """A RuntimeError, for no argument is wrong. In a process of its own: ART_CUDA is read once."""
+    program = f"""
+import torch, art_torch
+torch.set_default_device("{gpu}")
+query, keys = torch.zeros(1, 2, 32), torch.zeros(1, 64, 1, 32)
+table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([64], dtype=torch.int32)
+codes = torch.zeros(1, 1, art_torch.key_code_bytes(32), dtype=torch.uint8)
+{call}
+"""
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "ART_CUDA": "sm70"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1
+    words = "RuntimeError: ART_CUDA must be sm90, sm80 or portable, got sm70"
+    assert words in done.stderr, done.stderr
+
+
 def test_the_argument_goes_before_the_environment(gpu, monkeypatch):
     monkeypatch.setenv("ART_CHECKED", "1")
     given = decode_arguments(gpu) | {"block_table": int32([[3, 1, 2], [4, 9, 0]], gpu)}

@@ -189,10 +189,7 @@ __device__ inline bool fold_step(const DecodeParams& params, const Item& item, i
                                  SoftmaxState* running_softmax, float* running_values) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t dim = params.value_dim;
-  StabilityThresholds thresholds = {params.d_scale, params.d_direction};
-  if (params.thresholds != nullptr) {
-    thresholds = {params.thresholds[2 * item.kv_head], params.thresholds[2 * item.kv_head + 1]};
-  }
+  const StabilityThresholds thresholds = thresholds_of(params, item);
   bool stable = true;
   for (int32_t g = warp; g < heads; g += kWarps) {
     const SoftmaxState incoming = shared.step[g];
@@ -202,8 +199,7 @@ __device__ inline bool fold_step(const DecodeParams& params, const Item& item, i
     float* running = running_values + int64_t{first_head + g} * dim;
     const float* values = shared.values + g * dim;
     if (compare) {
-      const int32_t head = item.kv_head * params.group_size + first_head + g;
-      const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
+      const float* sink = sink_of(params, item, first_head + g);
       const IncrementWeights weights = increment_weights(before, incoming, after, factors, sink);
       IncrementMoments moments = moments_of(factors, weights, running, values, dim, 1.0f);
       if (!in_range(moments)) {
@@ -240,11 +236,10 @@ __device__ void write_output(const DecodeParams& params, const Item& item,
       (int64_t{item.batch} * params.num_kv_heads + item.kv_head) * params.group_size;
   for (int32_t i = threadIdx.x; i < params.group_size * params.value_dim; i += kThreads) {
     const int32_t g = i / params.value_dim, d = i % params.value_dim;
-    const int32_t head = item.kv_head * params.group_size + g;
-    const float* sink = params.attn_sinks == nullptr ? nullptr : params.attn_sinks + head;
     const SoftmaxState state = softmax[g];
+    const float total = state.sum + sink_mass(state, sink_of(params, item, g));
     // Nothing read leaves 0 / 0, which is defined as zero.
-    const float value = state.sum == 0.0f ? 0.0f : values[i] / (state.sum + sink_mass(state, sink));
+    const float value = state.sum == 0.0f ? 0.0f : values[i] / total;
     store_as(static_cast<T*>(params.out) + first * params.value_dim + i, value);
     if (d == 0) params.lse[first + g] = log_sum_exp(state);
   }

@@ -74,9 +74,8 @@ class Block : StepAttention<T, kDim, kHeadTiles> {
       const SoftmaxState before = running_[ht];
       const FoldFactors factors = fold(running_[ht], step_[ht]);
       const int32_t g = 8 * ht + lane_ / 4;
-      const float* sink = g < params_.group_size ? sink_of(params_, item_, g) : nullptr;
       const IncrementWeights weights =
-          increment_weights(before, step_[ht], running_[ht], factors, sink);
+          increment_weights(before, step_[ht], running_[ht], factors, sink_of(params_, item_, g));
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         fold_column(ht, column, factors, weights, compare, step);
@@ -184,8 +183,7 @@ class Block : StepAttention<T, kDim, kHeadTiles> {
     for (int ht = 0; ht < kHeadTiles; ++ht) {
       const int32_t own = 8 * ht + lane_ / 4;
       const bool exists = own < params_.group_size;
-      const float total = running_[ht].sum +
-                          sink_mass(running_[ht], exists ? sink_of(params_, item_, own) : nullptr);
+      const float total = running_[ht].sum + sink_mass(running_[ht], sink_of(params_, item_, own));
       if (exists && thread_ % 4 == 0 && warp_ == 0) {
         params_.lse[first_row + own] = log_sum_exp(running_[ht]);
       }

@@ -12,16 +12,6 @@ namespace art::cuda::sm80 {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
-__device__ inline const float* sink_of(const DecodeParams& params, const Item& item, int32_t g) {
-  if (params.attn_sinks == nullptr) return nullptr;
-  return params.attn_sinks + item.kv_head * params.group_size + g;
-}
-
-__device__ inline StabilityThresholds thresholds_of(const DecodeParams& params, const Item& item) {
-  if (params.thresholds == nullptr) return {params.d_scale, params.d_direction};
-  return {params.thresholds[2 * item.kv_head], params.thresholds[2 * item.kv_head + 1]};
-}
-
 __device__ inline SoftmaxState load_softmax(const SoftmaxState* state) {
   const float2 loaded = __ldcg(reinterpret_cast<const float2*>(state));
   return {loaded.x, loaded.y};

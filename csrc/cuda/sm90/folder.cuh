@@ -87,7 +87,7 @@ class Folder {
           if (g >= params_.group_size) continue;
           const SoftmaxState state =
               column == 0 ? SoftmaxState{states.x, states.y} : SoftmaxState{states.z, states.w};
-          const float share = 1.0f / denominator_of(state, sink_of(params_, item_.kv_head, g));
+          const float share = 1.0f / denominator_of(state, sink_of(params_, item_, g));
           const float4& a = values_[k][ht];
           T* to = static_cast<T*>(params_.out) + (first_row + g) * kDim + 16 * slice + row_;
           to[0] = Mma<T>::round((column == 0 ? a.x : a.y) * share);
@@ -249,7 +249,7 @@ class Folder {
     const SoftmaxState state =
         head == 0 ? SoftmaxState{after.x, after.y} : SoftmaxState{after.z, after.w};
     const int32_t g = 2 * (kLanePairs * ht + column) + head;
-    return is_covered(state, sink_of(params_, item_.kv_head, g), log_rest, params_.residual_limit);
+    return is_covered(state, sink_of(params_, item_, g), log_rest, params_.residual_limit);
   }
 
   // How the lane's step changes the output.
@@ -259,9 +259,9 @@ class Folder {
     const float4 after = table().states[ht][row_][column];
     const int32_t g = 2 * (kLanePairs * ht + column);
     const IncrementWeights low =
-        increment_weights(sums.x, sums.y, {after.x, after.y}, sink_of(params_, item_.kv_head, g));
-    const IncrementWeights high = increment_weights(sums.z, sums.w, {after.z, after.w},
-                                                    sink_of(params_, item_.kv_head, g + 1));
+        increment_weights(sums.x, sums.y, {after.x, after.y}, sink_of(params_, item_, g));
+    const IncrementWeights high =
+        increment_weights(sums.z, sums.w, {after.z, after.w}, sink_of(params_, item_, g + 1));
     return make_float4(f.y * low.keep, low.share, f.w * high.keep, high.share);
   }
 

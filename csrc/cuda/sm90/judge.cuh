@@ -22,7 +22,7 @@ class Judge {
         exchange_(exchange),
         shared_(shared),
         item_(item),
-        thresholds_(thresholds_of(params, item.kv_head)),
+        thresholds_(thresholds_of(params, item)),
         num_steps_(item.steps.num_steps),
         lane_(threadIdx.x % 32),
         num_batches_(sizes_.num_batches(num_steps_)),

@@ -1,4 +1,4 @@
-// Thresholds, sinks, rests and results of an item.
+// Rests and results of an item.
 #pragma once
 
 #include "core/item.h"
@@ -8,17 +8,6 @@
 #include "cuda/rows.cuh"
 
 namespace art::cuda::sm90 {
-
-__device__ inline StabilityThresholds thresholds_of(const DecodeParams& params, int32_t kv_head) {
-  if (params.thresholds == nullptr) return {params.d_scale, params.d_direction};
-  return {params.thresholds[2 * kv_head], params.thresholds[2 * kv_head + 1]};
-}
-
-// For head g of the group of a KV head; null: no sink, or no such head.
-__device__ inline const float* sink_of(const DecodeParams& params, int32_t kv_head, int32_t g) {
-  if (params.attn_sinks == nullptr || g >= params.group_size) return nullptr;
-  return params.attn_sinks + kv_head * params.group_size + g;
-}
 
 // What a head of the group leaves after a step. NaN, which is never little enough, where the step
 // completes no block or there is no such head.

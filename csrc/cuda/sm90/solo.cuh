@@ -99,7 +99,7 @@ class SoloConsumer {
         factors[column] = fold(state, incoming);
         if (lane_ < 4) after_.softmax[g] = state;
         if (!compares) continue;
-        const float* sink = sink_of(params_, item_.kv_head, g);
+        const float* sink = sink_of(params_, item_, g);
         weights[column] = increment_weights(before, incoming, state, factors[column], sink);
       }
 #pragma unroll
@@ -178,7 +178,7 @@ class SoloConsumer {
 
   // Lanes that hold the same two heads share the work: every other one looks at the second.
   __device__ bool is_stable_step(const Moments& moments) const {
-    const StabilityThresholds thresholds = thresholds_of(params_, item_.kv_head);
+    const StabilityThresholds thresholds = thresholds_of(params_, item_);
     const int column = lane_ / 4 % 2;
     bool stable = true;
 #pragma unroll
@@ -204,7 +204,7 @@ class SoloConsumer {
       const int32_t g = head(ht, column);
       if (g >= params_.group_size) continue;
       covered = covered &&
-                is_covered(after_.softmax[g], sink_of(params_, item_.kv_head, g),
+                is_covered(after_.softmax[g], sink_of(params_, item_, g),
                            log_rest_after(params_, walks_, item_, step, g), params_.residual_limit);
     }
     return __all_sync(~0u, covered);
@@ -240,7 +240,7 @@ class SoloConsumer {
         const int32_t g = head(ht, column);
         if (g >= params_.group_size) continue;
         const SoftmaxState state = after_.softmax[g];
-        const float share = 1.0f / denominator_of(state, sink_of(params_, item_.kv_head, g));
+        const float share = 1.0f / denominator_of(state, sink_of(params_, item_, g));
         T* row = static_cast<T*>(params_.out) + (first_row + g) * kDim + lane_ / 4;
 #pragma unroll
         for (int i = 0; i < kDim / 16; ++i) {
