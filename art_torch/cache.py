@@ -77,6 +77,7 @@ class PageTable:
         self.pages.reset(batch)
         if self.codes is not None:
             self.codes.reset(batch)
+        self._accept_keys()
         self.padded_len = 0
         self.static: StaticLengths | None = None
         self._real: BoolArray | None = None  # [batch, padded_len], only if a pad was ever seen
@@ -307,15 +308,25 @@ class PageTable:
         if self.codes.grow(None, lens.astype(np.int64)):
             self._publish()
 
+    @property
+    def keys_were_written(self) -> bool:
+        """Whether PyTorch has counted writes to keys since the codes were made."""
+        return any(storage.foreign_writes for storage in self.pages.storages)
+
     def renew_codes(self) -> None:
-        """Makes all key codes void, after keys were changed by others.
+        """Makes all key codes void, after keys were changed by others; accepts these keys.
 
         Raises:
             CacheMemoryError: Rows shared code pages, and the limit does not allow one for each.
         """
         assert self.codes is not None
         self.codes.renew(self._lens.astype(np.int64))
+        self._accept_keys()
         self._publish()
+
+    def _accept_keys(self) -> None:
+        for storage in self.pages.storages:
+            storage.foreign_writes = 0
 
     # ---------------------------------------------------------------- editing
 
@@ -414,7 +425,9 @@ class PageTable:
         page, end = self.page_size, np.full(self.batch, length)
         drop = None if self.record_past else self._invisible(lens) // page
         needed = self.pages.bytes_to_grow(-(-end // page), lens // page, drop)
-        return needed + (0 if self.codes is None else self.codes.bytes_to_grow(end))
+        if self.codes is not None:
+            needed += self.codes.bytes_to_grow(end, renewed=self.keys_were_written)
+        return needed
 
     @torch.inference_mode(False)
     def preallocate(self, length: int) -> None:
@@ -425,6 +438,8 @@ class PageTable:
             ValueError: The table is empty or already longer.
         """
         self.pages.budget.claim(0, self.device, self.bytes_to_preallocate(length))
+        if self.codes is not None and self.keys_were_written:
+            self.renew_codes()
         before = self._lens.astype(np.int64)
         if not self.record_past:
             self._drop_invisible(before)
@@ -455,7 +470,4 @@ class PageTable:
         self.static = None
         if self.codes is not None:
             self.codes.truncate(self._lens.astype(np.int64))
-        # A compiler may have copied what append_kv was to write: our own writes as well.
-        for storage in self.pages.storages:
-            storage.foreign_writes = 0
         self._changed()

@@ -131,6 +131,14 @@ class PageMap(Generic[Storage]):
             count = max(0, count - self._freed_by(drop_before))
         return self._missing(count) * self._bytes_of_a_page()
 
+    def bytes_to_refill(self, end: IntArray) -> int:
+        """Bytes that :meth:`make_room` would claim once all pages are handed back.
+
+        Args:
+            end: int64 ``[rows]``, end of the entries that need a page.
+        """
+        return self._missing(int(end.sum()) - self.pages_in_use) * self._bytes_of_a_page()
+
     def _freed_by(self, first: IntArray) -> int:
         """Pages that :meth:`drop_before` would hand back."""
         ranges = zip(self.table, self.first.tolist(), first.tolist(), strict=True)

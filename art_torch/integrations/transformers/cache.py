@@ -51,7 +51,8 @@ class ARTCache(Cache):
         key_codes: Keep two-bit codes of the keys of full-attention layers, about 8 % of 16-bit keys
             and values, for ``patch(model, criterion, walk="guided")``. A model patched so switches
             them on by itself. Codes follow everything the cache does. After keys were written to by
-            others, through PyTorch, they are made anew.
+            others, through PyTorch, they are made anew (of a preallocated cache when that ends;
+            ``docs/key_codes.md`` says what is not noticed).
         kv_dtype: ``torch.int8`` keeps keys and values in eight bits an element, on the CPU: each
             token of a head is rounded to 255 multiples of a float32 scale of its own when it is
             stored (``docs/int8.md``). Tokens of a forward pass see each other as they came, a
@@ -197,6 +198,8 @@ class ARTCache(Cache):
         try:
             for table in tables:
                 table.preallocate(max_length)
+            for layer in self._paged():  # here, and not within a step that is compiled
+                layer.write_void_codes()
         except BaseException:  # the device itself has no more memory
             self._leave_static()
             raise
