@@ -293,8 +293,10 @@ def reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
             f"cannot reserve {num_bytes:,} bytes of address space for the KV cache ({error}): pass "
             "a smaller max_bytes"
         ) from error
-    with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
-        region.madvise(mmap.MADV_HUGEPAGE)
+    # Only slower without them: not every system has the advice, and a kernel may refuse it.
+    if (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+        with contextlib.suppress(OSError):
+            region.madvise(advice)
     return region, -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import mmap
 
 import numpy as np
 import pytest
@@ -262,6 +264,24 @@ def test_unwritten_memory_is_not_resident():
     storage.ensure(16384)
     assert storage.key_cache.numel() * 4 == 4 << 30
     assert resident() - before < 64 << 20
+
+
+@pytest.mark.parametrize("why", ["refused", "unknown"])
+def test_without_huge_pages(why, monkeypatch):
+    refusals = []
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            refusals.append(advice)
+            raise OSError(errno.EINVAL, "no huge pages")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    if why == "unknown":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    model = Model()
+    model.append(2, 30)
+    model.check()
+    assert len(refusals) == (2 if why == "refused" else 0)  # a layer each
 
 
 def test_deep_copy_is_independent():

@@ -41,7 +41,8 @@ class ARTCache(Cache):
     with a sliding window hand back the pages that left it. Layers of linear attention keep their
     states as in any other cache. Of a prompt that a press of kvpress compresses, only what it keeps
     is stored, head by head (``docs/kvpress.md``). ``copy.deepcopy`` copies a cache; it cannot be
-    pickled or saved.
+    pickled or saved. On the CPU its memory is advised to use huge pages; where the system has none
+    or refuses them, it uses small ones, which is slower, and nothing tells.
 
     Args:
         config: The model's config (``model.config``).
