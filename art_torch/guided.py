@@ -21,6 +21,10 @@ from art_torch._operators import (
     window_argument,
 )
 
+# Of the bytes that encode_keys writes (docs/key_codes.md). Records do not carry it: whoever stores
+# them keeps it beside them, and encodes the keys again where it is another one.
+KEY_CODES_VERSION = 1
+
 GROUP_TOKENS = 64
 UNIT_TOKENS = 16
 _ENCODE_TENSORS = ("key_cache", "block_table", "seq_lens", "key_codes", "code_table")
