@@ -176,6 +176,16 @@ def check_options(
     )
 
 
+def check_walk_name(name: str) -> None:
+    """Check the name of a built-in walk."""
+    _require(
+        name in WALKS,
+        f"walk must be {', '.join(map(repr, WALKS))}, or int32 unit numbers [B, Hkv, max_units], "
+        "which reference.guided_walk finds for a guided walk (key codes are made by "
+        f"reference.encode_keys), got {name!r}",
+    )
+
+
 def check_walk(
     block_table: Tensor,
     value_cache: Tensor,
@@ -206,7 +216,7 @@ def check_walk(
             f"num_pinned must be at least 0, got {num_pinned}",
         )
     if isinstance(walk, str):
-        _require(walk in WALKS, f"walk must be one of {WALKS} or a tensor, got {walk!r}")
+        check_walk_name(walk)
         _require(walk_lens is None, f"walk_lens needs an explicit walk, got walk={walk!r}")
         return
     _require(walk_lens is not None, "an explicit walk needs walk_lens, got None")

@@ -183,6 +183,8 @@ def test_decode_attention_with_a_guided_walk():
             attend(walk=walk)
     with pytest.raises(ValueError, match=r'ResidualMass.*walk="guided"'):
         attend(walk="oldest_first", criterion=ResidualMass(), key_codes=None, code_table=None)
+    with pytest.raises(ValueError, match=r"walk must be .*'guided', or int32 .*got 'gided'"):
+        attend(walk="gided", key_codes=None, code_table=None)
     assert attend(criterion=ResidualMass()).stop_block.min() >= 0
     with pytest.raises(ValueError, match="guided_walk: key_codes must have shape"):
         attend(**pool(7, HKV, 64))
