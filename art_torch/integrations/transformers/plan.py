@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from art_torch.criterion import rules_of
-from art_torch.guided import GROUP_TOKENS, UNIT_TOKENS, guided_walk
+from art_torch.guided import (
+    GROUP_TOKENS,
+    GUIDED_TENSORS,
+    LOGIT_ARGUMENTS,
+    UNIT_TOKENS,
+    guided_walk,
+)
 
 if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
@@ -101,11 +107,10 @@ def pin_all_where(dense: Tensor, most: int, arguments: dict[str, Any]) -> dict[s
     shape = arguments["query"].shape[0], arguments["key_cache"].shape[2]
     if arguments["walk"] == "guided":
         rest = rules_of(arguments["criterion"]).residual_mass is not None
-        names = ("query", "key_cache", "block_table", "seq_lens", "scale", "sliding_window",
-                 "seq_starts", "softcap", "attn_sinks", "key_scale")  # fmt: skip
+        names = (*GUIDED_TENSORS, *LOGIT_ARGUMENTS)
         given = {name: arguments[name] for name in names if name in arguments}
-        codes = {name: arguments.pop(name) for name in ("key_codes", "code_table")}
-        walk = guided_walk(**given, **codes, rest=rest)
+        walk = guided_walk(**given, rest=rest)
+        del arguments["key_codes"], arguments["code_table"]
         arguments.update(walk=walk.walk, walk_lens=walk.walk_lens)
         if rest:
             arguments["log_rest"] = walk.log_rest
