@@ -15,6 +15,7 @@ from art_torch.guided import (
     UNIT_TOKENS,
     guided_walk,
 )
+from art_torch.reference import default_pinned
 
 if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
@@ -30,9 +31,6 @@ __all__ = [
 ]
 
 READ_ALL: dict[str, Any] = {"criterion": None, "walk": "sink_recent"}
-
-# What `sink_recent` pins by default: the first and the last of these.
-_ENDS = 64
 
 # In fewer tokens than these the guided walk pins every unit: the first four, the last complete
 # group and what follows it. Pinned units come in ascending order, so this walk has the same bits.
@@ -53,7 +51,9 @@ _EXACT_NOTE = (
 
 def least_guided_bytes(device: torch.device) -> int:
     """Keys and values of a layer from which on the guided walk is faster than reading them all."""
-    if device.type != "cuda":  # scores cost a tenth of what they may save, at any length
+    if device.type != "cuda":
+        # Scores and order take 0.1 to 0.3 of the time of reading everything in float32, 0.2 to 0.5
+        # in bfloat16 (benchmarks/bench_guided_decode.py): what a preset leaves out is mostly more.
         return 0
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return _GUIDED_BYTES_PER_MULTIPROCESSOR * multiprocessors
@@ -118,8 +118,7 @@ def pin_all_where(dense: Tensor, most: int, arguments: dict[str, Any]) -> dict[s
     else:
         units = arguments.get("num_pinned")
         if units is None:
-            ends = 2 * -(-_ENDS // arguments["unit_size"])
-            units = ends if arguments["walk"] == "sink_recent" else 0
+            units = default_pinned(arguments["walk"], arguments["unit_size"])
         pinned = torch.full(shape, units, dtype=torch.int32, device=dense.device)
     arguments["num_pinned"] = torch.where(dense, torch.full_like(pinned, most), pinned)
     return arguments
