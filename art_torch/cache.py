@@ -132,6 +132,16 @@ class PageTable:
         return self.pages.bytes_in_use + codes
 
     @property
+    def _host_lens(self) -> npt.NDArray[np.int32]:
+        """Stored tokens of the rows, for who must not ask while only a tensor knows them."""
+        if self.static is not None:
+            raise RuntimeError(
+                f"the lengths of a cache that is preallocated for {self.static.length} tokens are "
+                "tensors: read seq_lens, or call leave_static() first"
+            )
+        return self._lens
+
+    @property
     def static_len(self) -> int:
         """Length for which :meth:`preallocate` made room, 0 otherwise."""
         return 0 if self.static is None else self.static.length
@@ -261,10 +271,14 @@ class PageTable:
         return slots
 
     def visible_total(self, rows: BoolArray | None = None) -> int:
-        """Tokens the queries of the last pass may see, summed over the rows (or some of them)."""
+        """Tokens the queries of the last pass may see, summed over the rows (or some of them).
+
+        Not while the cache is preallocated.
+        """
         if rows is None and self._visible is not None:
             return self._visible  # the layers of a pass ask one after another
-        lens = self._lens if self.window is None else np.minimum(self._lens, self.window)
+        lens = self._host_lens
+        lens = lens if self.window is None else np.minimum(lens, self.window)
         if rows is not None:
             return int(lens[rows].sum())
         self._visible = int(lens.sum())
@@ -272,9 +286,9 @@ class PageTable:
 
     @property
     def longest(self) -> int:
-        """Stored tokens of the longest row (of lengths on the host)."""
+        """Stored tokens of the longest row; not while the cache is preallocated."""
         if self._longest is None:
-            self._longest = int(self._lens.max(initial=0))
+            self._longest = int(self._host_lens.max(initial=0))
         return self._longest
 
     # ---------------------------------------------------------------- key codes
@@ -320,7 +334,7 @@ class PageTable:
             CacheMemoryError: Rows shared code pages, and the limit does not allow one for each.
         """
         assert self.codes is not None
-        self.codes.renew(self._lens.astype(np.int64))
+        self.codes.renew(self._host_lens.astype(np.int64))
         self._accept_keys()
         self._publish()
 

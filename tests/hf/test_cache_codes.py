@@ -269,6 +269,8 @@ def test_keys_written_before_it_is_preallocated(max_length, renewed):
     for _ in range(70):
         driven.append(2, 1)
     driven.check()
+    with pytest.raises(RuntimeError, match=r"preallocated for 400 tokens .* call leave_static"):
+        driven.table.renew_codes()
     driven.cache.crop(-3)
     driven.check()
     assert len(renewed) == 1
