@@ -246,12 +246,18 @@ class ReadStats:
     def per_step(self, layer: int) -> tuple[Tensor, Tensor]:
         """The kept steps of one layer, oldest first.
 
+        Steps on a preallocated cache, compiled and recorded ones among them, are in the totals
+        only.
+
         Args:
             layer: Index of the layer.
 
         Returns:
             Tokens read, int64 ``[steps, num_kv_heads]``, and tokens present, int64 ``[steps]``
             (the rounded mean over the heads where they differ).
+
+        Raises:
+            KeyError: The layer was not counted.
         """
         counts = self._layers[layer]
         counts.flush()

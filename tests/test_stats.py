@@ -91,6 +91,9 @@ def test_counting_on_the_device():
     assert stats.steps == 2
     assert stats.tokens_read().tolist() == [[22, 30]]
     assert stats.tokens_present().tolist() == [30 + 20 + 32]
+    assert stats.per_step(3)[1].tolist() == [30]  # the other step is in the totals only
+    with pytest.raises(KeyError):
+        stats.per_step(4)
     stats.reset()
     assert stats.layers == []
     stats.add_on_device(3, read, torch.tensor([20, 100], dtype=torch.int32), window=None)
