@@ -7,8 +7,8 @@ Attention Run-time Termination, arXiv 2606.00024; the stopping rules are `output
 
 Terms, used everywhere in this package:
 
-* *B*, *Hq*, *Hkv*, *G*, *D*, *Dv*, *P*: sequences, query heads, KV heads, query heads of one KV head
-  (`Hq / Hkv`), elements of a key, elements of a value, pages of the cache.
+* *B*, *Hq*, *Hkv*, *G*, *D*, *Dv*, *P*: sequences, query heads, KV heads, query heads of a KV head,
+  elements of a key, elements of a value, pages of the cache.
 * *unit*: `unit_size` consecutive tokens of one head, aligned at token 0; the smallest thing a walk
   can name.
 * *walk*: the order in which the units of a head are read.
