@@ -85,10 +85,10 @@ def check_scale(name: str, scale: Tensor | None, cache_name: str, cache: Tensor)
 def check_query(query: Tensor, key_cache: Tensor) -> None:
     """Check a query against its keys."""
     _require(query.ndim == 3, f"query must be [B, Hq, D], got {list(query.shape)}")
-    if key_cache.dtype != torch.int8:
-        _require_dtype("key_cache", key_cache, query.dtype)
     if not query.dtype.is_floating_point:
         raise TypeError(f"query must have a floating dtype, got {query.dtype}")
+    if key_cache.dtype != torch.int8:
+        _require_dtype("key_cache", key_cache, query.dtype)
     num_q_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
     _require_shape("key_cache", key_cache, [*key_cache.shape[:3], query.shape[2]])
     _require(
