@@ -112,8 +112,14 @@ class PageTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the pages are."""
+        """Where the pages are, and the key codes; to be set before there are any."""
         return self.pages.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self.pages.device = device
+        if self.codes is not None:
+            self.codes.groups.device = device
 
     @property
     def batch(self) -> int:
@@ -451,7 +457,7 @@ class PageTable:
             CacheMemoryError: The limit does not allow it. Nothing has changed then.
             ValueError: The table is empty or already longer.
         """
-        self.pages.budget.claim(0, self.device, self.bytes_to_preallocate(length))
+        self.pages.budget.check(self.bytes_to_preallocate(length), self.device)
         if self.codes is not None and self.keys_were_written:
             self.renew_codes()
         before = self._lens.astype(np.int64)

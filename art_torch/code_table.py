@@ -81,8 +81,7 @@ class CodeTable:
     def __init__(
         self, budget: MemoryBudget, num_layers: int, device: torch.device, rows: int
     ) -> None:
-        self.groups: PageMap[CodeStorage] = PageMap(budget, num_layers)
-        self.groups.device = device
+        self.groups: PageMap[CodeStorage] = PageMap(budget, num_layers, device)
         self.reset(rows)
 
     def reset(self, rows: int) -> None:

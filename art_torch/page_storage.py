@@ -73,6 +73,25 @@ class MemoryBudget:
             self.max_bytes = default_max_bytes(device)
         return self.max_bytes
 
+    def check(self, num_bytes: int, device: torch.device) -> None:
+        """Checks that ``num_bytes`` more would fit, and counts nothing.
+
+        Args:
+            num_bytes: Bytes that are wanted.
+            device: Where they are.
+
+        Raises:
+            CacheMemoryError: That would exceed the limit.
+        """
+        limit = self.limit(device)
+        needed = self.used_bytes + num_bytes
+        if needed > limit:
+            raise CacheMemoryError(
+                f"the KV cache needs {needed:,} bytes and its limit is "
+                f"{limit:,}: pass a larger max_bytes, shorten the sequences or the batch, or "
+                "reset() the cache"
+            )
+
     def claim(self, num_bytes: int, device: torch.device, then: int = 0) -> None:
         """Counts ``num_bytes`` more as used.
 
@@ -84,15 +103,12 @@ class MemoryBudget:
         Raises:
             CacheMemoryError: That would exceed the limit. Nothing is counted then.
         """
-        limit = self.limit(device)
-        needed = self.used_bytes + num_bytes + then
-        if needed > limit:
-            raise CacheMemoryError(
-                f"the KV cache needs {needed:,} bytes and its limit is "
-                f"{limit:,}: pass a larger max_bytes, shorten the sequences or the batch, or "
-                "reset() the cache"
-            )
+        self.check(num_bytes + then, device)
         self.used_bytes += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        """Counts ``num_bytes`` that were claimed as free again."""
+        self.used_bytes -= num_bytes
 
 
 class GrowingPool(ABC):

@@ -194,7 +194,7 @@ class ARTCache(Cache):
         """
         tables = self._tables_in_use()
         needed = sum(table.bytes_to_preallocate(max_length) for table in tables)
-        self.budget.claim(0, tables[0].device, needed)
+        self.budget.check(needed, tables[0].device)
         self._leave_static()
         try:
             for table in tables:

@@ -119,9 +119,7 @@ class ARTLayer(CacheLayerMixin):
     ) -> PageStorage:
         """Reserves pages of the dtype and on the device of ``like``; None for what may be."""
         dtype, device = like.dtype, like.device
-        table.pages.device = device
-        if table.codes is not None:
-            table.codes.groups.device = device
+        table.device = device
 
         def make(max_pages: int) -> PageStorage:
             size = max_pages if pages is None else pages
