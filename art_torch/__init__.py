@@ -9,7 +9,13 @@ from art_torch import reference
 from art_torch._info import info
 from art_torch.criteria_file import load_criteria, save_criteria
 from art_torch.criterion import PRESETS, CombinedCriterion, ResidualMass, Stability
-from art_torch.guided import GuidedWalk, encode_keys, guided_walk, key_code_bytes
+from art_torch.guided import (
+    KEY_CODES_VERSION,
+    GuidedWalk,
+    encode_keys,
+    guided_walk,
+    key_code_bytes,
+)
 from art_torch.ops import DecodeResult, append_kv, decode_attention
 
 if TYPE_CHECKING:
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "KEY_CODES_VERSION",
     "PRESETS",
     "ARTCache",
     "CombinedCriterion",

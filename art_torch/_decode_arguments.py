@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from art_torch._operators import as_float32
+from art_torch._reference_checks import WALKS
 from art_torch.criterion import Criterion, Rules, rules_of
 from art_torch.guided import UNIT_TOKENS
 
@@ -104,6 +105,11 @@ def walk_arguments(
     if isinstance(walk, Tensor):
         arguments["walk"] = walk
     elif isinstance(walk, str):
+        if walk not in WALKS:
+            names = ", ".join(map(repr, (*WALKS, "guided")))
+            raise ValueError(
+                f"decode_attention: walk must be {names}, or int32 unit numbers, got {walk!r}"
+            )
         arguments["walk_order"] = walk
     else:
         raise TypeError(

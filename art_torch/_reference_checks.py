@@ -85,10 +85,10 @@ def check_scale(name: str, scale: Tensor | None, cache_name: str, cache: Tensor)
 def check_query(query: Tensor, key_cache: Tensor) -> None:
     """Check a query against its keys."""
     _require(query.ndim == 3, f"query must be [B, Hq, D], got {list(query.shape)}")
-    if key_cache.dtype != torch.int8:
-        _require_dtype("key_cache", key_cache, query.dtype)
     if not query.dtype.is_floating_point:
         raise TypeError(f"query must have a floating dtype, got {query.dtype}")
+    if key_cache.dtype != torch.int8:
+        _require_dtype("key_cache", key_cache, query.dtype)
     num_q_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
     _require_shape("key_cache", key_cache, [*key_cache.shape[:3], query.shape[2]])
     _require(
@@ -176,6 +176,16 @@ def check_options(
     )
 
 
+def check_walk_name(name: str) -> None:
+    """Check the name of a built-in walk."""
+    _require(
+        name in WALKS,
+        f"walk must be {', '.join(map(repr, WALKS))}, or int32 unit numbers [B, Hkv, max_units], "
+        "which reference.guided_walk finds for a guided walk (key codes are made by "
+        f"reference.encode_keys), got {name!r}",
+    )
+
+
 def check_walk(
     block_table: Tensor,
     value_cache: Tensor,
@@ -206,7 +216,7 @@ def check_walk(
             f"num_pinned must be at least 0, got {num_pinned}",
         )
     if isinstance(walk, str):
-        _require(walk in WALKS, f"walk must be one of {WALKS} or a tensor, got {walk!r}")
+        check_walk_name(walk)
         _require(walk_lens is None, f"walk_lens needs an explicit walk, got walk={walk!r}")
         return
     _require(walk_lens is not None, "an explicit walk needs walk_lens, got None")

@@ -77,6 +77,7 @@ class PageTable:
         self.pages.reset(batch)
         if self.codes is not None:
             self.codes.reset(batch)
+        self._accept_keys()
         self.padded_len = 0
         self.static: StaticLengths | None = None
         self._real: BoolArray | None = None  # [batch, padded_len], only if a pad was ever seen
@@ -111,8 +112,14 @@ class PageTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the pages are."""
+        """Where the pages are, and the key codes; to be set before there are any."""
         return self.pages.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self.pages.device = device
+        if self.codes is not None:
+            self.codes.groups.device = device
 
     @property
     def batch(self) -> int:
@@ -129,6 +136,16 @@ class PageTable:
         """Bytes of the pages that hold tokens, and of their key codes."""
         codes = 0 if self.codes is None else self.codes.groups.bytes_in_use
         return self.pages.bytes_in_use + codes
+
+    @property
+    def _host_lens(self) -> npt.NDArray[np.int32]:
+        """Stored tokens of the rows, for who must not ask while only a tensor knows them."""
+        if self.static is not None:
+            raise RuntimeError(
+                f"the lengths of a cache that is preallocated for {self.static.length} tokens are "
+                "tensors: read seq_lens, or call leave_static() first"
+            )
+        return self._lens
 
     @property
     def static_len(self) -> int:
@@ -260,10 +277,14 @@ class PageTable:
         return slots
 
     def visible_total(self, rows: BoolArray | None = None) -> int:
-        """Tokens the queries of the last pass may see, summed over the rows (or some of them)."""
+        """Tokens the queries of the last pass may see, summed over the rows (or some of them).
+
+        Not while the cache is preallocated.
+        """
         if rows is None and self._visible is not None:
             return self._visible  # the layers of a pass ask one after another
-        lens = self._lens if self.window is None else np.minimum(self._lens, self.window)
+        lens = self._host_lens
+        lens = lens if self.window is None else np.minimum(lens, self.window)
         if rows is not None:
             return int(lens[rows].sum())
         self._visible = int(lens.sum())
@@ -271,9 +292,9 @@ class PageTable:
 
     @property
     def longest(self) -> int:
-        """Stored tokens of the longest row (of lengths on the host)."""
+        """Stored tokens of the longest row; not while the cache is preallocated."""
         if self._longest is None:
-            self._longest = int(self._lens.max(initial=0))
+            self._longest = int(self._host_lens.max(initial=0))
         return self._longest
 
     # ---------------------------------------------------------------- key codes
@@ -307,15 +328,25 @@ class PageTable:
         if self.codes.grow(None, lens.astype(np.int64)):
             self._publish()
 
+    @property
+    def keys_were_written(self) -> bool:
+        """Whether PyTorch has counted writes to keys since the codes were made."""
+        return any(storage.foreign_writes for storage in self.pages.storages)
+
     def renew_codes(self) -> None:
-        """Makes all key codes void, after keys were changed by others.
+        """Makes all key codes void, after keys were changed by others; accepts these keys.
 
         Raises:
             CacheMemoryError: Rows shared code pages, and the limit does not allow one for each.
         """
         assert self.codes is not None
-        self.codes.renew(self._lens.astype(np.int64))
+        self.codes.renew(self._host_lens.astype(np.int64))
+        self._accept_keys()
         self._publish()
+
+    def _accept_keys(self) -> None:
+        for storage in self.pages.storages:
+            storage.foreign_writes = 0
 
     # ---------------------------------------------------------------- editing
 
@@ -414,7 +445,9 @@ class PageTable:
         page, end = self.page_size, np.full(self.batch, length)
         drop = None if self.record_past else self._invisible(lens) // page
         needed = self.pages.bytes_to_grow(-(-end // page), lens // page, drop)
-        return needed + (0 if self.codes is None else self.codes.bytes_to_grow(end))
+        if self.codes is not None:
+            needed += self.codes.bytes_to_grow(end, renewed=self.keys_were_written)
+        return needed
 
     @torch.inference_mode(False)
     def preallocate(self, length: int) -> None:
@@ -424,7 +457,9 @@ class PageTable:
             CacheMemoryError: The limit does not allow it. Nothing has changed then.
             ValueError: The table is empty or already longer.
         """
-        self.pages.budget.claim(0, self.device, self.bytes_to_preallocate(length))
+        self.pages.budget.check(self.bytes_to_preallocate(length), self.device)
+        if self.codes is not None and self.keys_were_written:
+            self.renew_codes()
         before = self._lens.astype(np.int64)
         if not self.record_past:
             self._drop_invisible(before)
@@ -455,7 +490,4 @@ class PageTable:
         self.static = None
         if self.codes is not None:
             self.codes.truncate(self._lens.astype(np.int64))
-        # A compiler may have copied what append_kv was to write: our own writes as well.
-        for storage in self.pages.storages:
-            storage.foreign_writes = 0
         self._changed()

@@ -33,13 +33,15 @@ class CodeStorage(GrowingPool):
 
     Attributes:
         key_codes: uint8 ``[used_pages, num_kv_heads, key_code_bytes(head_dim)]``.
+        is_void: Whether all of them are still to be written: there are none yet, or they are those
+            of other keys.
     """
 
     def __init__(
         self, num_kv_heads: int, head_dim: int, device: torch.device, max_pages: int
     ) -> None:
         require_guided_device(device)
-        self.device = device
+        self.device, self.is_void = device, True
         self.record_shape = num_kv_heads, key_code_bytes(head_dim)
         self.page_bytes = num_kv_heads * key_code_bytes(head_dim)
         self._allocate(max(max_pages, 2) if device.type == "cpu" else 2)
@@ -74,15 +76,12 @@ class CodeTable:
         code_table: int32 ``[rows, max_groups]``, for the operators.
         coded_lens: int32 ``[rows]``, tokens before the last pass, if it completed a group (on a
             preallocated cache always); None if there is nothing new to encode.
-        generation: Codes written under a smaller one are void.
     """
 
     def __init__(
         self, budget: MemoryBudget, num_layers: int, device: torch.device, rows: int
     ) -> None:
-        self.groups: PageMap[CodeStorage] = PageMap(budget, num_layers)
-        self.groups.device = device
-        self.generation = 0
+        self.groups: PageMap[CodeStorage] = PageMap(budget, num_layers, device)
         self.reset(rows)
 
     def reset(self, rows: int) -> None:
@@ -91,9 +90,16 @@ class CodeTable:
         self.coded_lens: Tensor | None = None
         self.code_table = torch.from_numpy(self.groups.table)
 
-    def bytes_to_grow(self, lens: IntArray) -> int:
-        """Bytes that :meth:`grow` would claim, for rows of these lengths, int64 ``[rows]``."""
+    def bytes_to_grow(self, lens: IntArray, renewed: bool = False) -> int:
+        """Bytes that :meth:`grow` would claim, for rows of these lengths, int64 ``[rows]``.
+
+        Args:
+            lens: As above.
+            renewed: Together with a :meth:`renew` before it.
+        """
         end = lens // GROUP_TOKENS
+        if renewed:
+            return self.groups.bytes_to_refill(end)
         return self.groups.bytes_to_grow(end) if (end > self.groups.used).any() else 0
 
     def grow(self, before: npt.NDArray[np.int32 | np.int64] | None, lens: IntArray) -> bool:
@@ -136,7 +142,8 @@ class CodeTable:
         """Makes all codes void; rows no longer share code pages, for their keys may differ."""
         self.truncate(np.zeros_like(lens))
         self.grow(None, lens)
-        self.generation += 1
+        for storage in self.groups.storages:
+            storage.is_void = True
 
     def publish(self, capacity: int) -> None:
         """Brings ``code_table`` up to date.

@@ -21,10 +21,19 @@ from art_torch._operators import (
     window_argument,
 )
 
+# Of the bytes that encode_keys writes (docs/key_codes.md). Records do not carry it: whoever stores
+# them keeps it beside them, and encodes the keys again where it is another one.
+KEY_CODES_VERSION = 1
+
 GROUP_TOKENS = 64
 UNIT_TOKENS = 16
 _ENCODE_TENSORS = ("key_cache", "block_table", "seq_lens", "key_codes", "code_table")
-_GUIDED_TENSORS = ("query", *_ENCODE_TENSORS)
+
+# Arguments of `guided_walk` that `decode_attention` has as well: tensors, and what makes logits.
+GUIDED_TENSORS = ("query", *_ENCODE_TENSORS)
+LOGIT_ARGUMENTS = (
+    "scale", "softcap", "attn_sinks", "sliding_window", "alibi_slopes", "seq_starts", "key_scale",
+)  # fmt: skip
 
 
 class GuidedWalk(NamedTuple):
@@ -179,7 +188,7 @@ def guided_walk(
         TypeError: A dtype is wrong.
     """
     tensors = (query, key_cache, block_table, seq_lens, key_codes, code_table)
-    check_tensors("guided_walk", _GUIDED_TENSORS, tensors)
+    check_tensors("guided_walk", GUIDED_TENSORS, tensors)
     results = call(
         torch.ops.art.guided_walk.default,
         *tensors,
@@ -212,7 +221,7 @@ def _guided_walk_fake(
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (query, key_cache, block_table, seq_lens, key_codes, code_table)
-    check_one_device("guided_walk", _GUIDED_TENSORS, tensors)
+    check_one_device("guided_walk", GUIDED_TENSORS, tensors)
     per_head = (query.shape[0], key_cache.shape[2])
     capacity = block_table.shape[-1] * key_cache.shape[1]
     max_units = (capacity + UNIT_TOKENS - 1) // UNIT_TOKENS

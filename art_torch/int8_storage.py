@@ -46,7 +46,10 @@ class Int8PageStorage(PageStorage):
         return *codes, scale, scale
 
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads tokens into dense tensors, see :meth:`PageStorage.gather`: float32, rounded."""
+        """Reads tokens into dense tensors, see :meth:`PageStorage.gather`.
+
+        They are products of codes and scales in float32, rounded to ``dtype``.
+        """
         page = torch.div(slots, self.page_size, rounding_mode="floor")
         offset = slots % self.page_size
         keys, values = (

@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from art_torch.guided import UNIT_TOKENS, guided_walk
+from art_torch.guided import GUIDED_TENSORS, LOGIT_ARGUMENTS, UNIT_TOKENS, guided_walk
 from art_torch.ops import DecodeResult, decode_attention
 
 __all__ = ["MassRead", "MassSums", "mass_read"]
-
-_GUIDED_ARGUMENTS = ("query", "key_cache", "block_table", "seq_lens", "key_codes", "code_table")
-_LOGIT_ARGUMENTS = ("scale", "softcap", "attn_sinks", "sliding_window", "seq_starts", "key_scale")
 
 
 class MassRead(NamedTuple):
@@ -92,8 +89,8 @@ def mass_read(arguments: dict[str, Any], result: DecodeResult) -> tuple[Tensor, 
     true = (result.lse - total).exp().masked_fill(total == -torch.inf, 1.0)
     if not (isinstance(arguments["walk"], str) and arguments["walk"] == "guided"):
         return true, None
-    logits = {name: arguments[name] for name in _LOGIT_ARGUMENTS if name in arguments}
-    guided = guided_walk(*(arguments[name] for name in _GUIDED_ARGUMENTS), **logits)
+    logits = {name: arguments[name] for name in LOGIT_ARGUMENTS if name in arguments}
+    guided = guided_walk(*(arguments[name] for name in GUIDED_TENSORS), **logits)
     tokens = result.tokens_read.to(torch.int64)
     if (starts := arguments.get("seq_starts")) is not None:
         # The first unit is pinned, and may have fewer visible tokens; so may the last one.

@@ -148,15 +148,18 @@ def decode_attention(
         value_scale: Likewise.
         batch_invariant: The bits of a sequence's result do not depend on the batch. On the CPU
             this is always so; on a GPU it costs a few percent.
-        checked: Also checks what costs time (on the CPU: units listed twice). Default: the
-            environment variable ``ART_CHECKED``.
+        checked: Also checks what costs time. On the CPU that is units listed twice. On a GPU it is
+            all that tensors hold, lengths, page ids, walks, pinned units and thresholds, which
+            nobody looks at otherwise: the call then waits for the device. Default: whether the
+            environment variable ``ART_CHECKED`` is 1.
         out: Preallocated contiguous results to write to.
 
     Returns:
         :class:`DecodeResult`; ``out`` itself when it was given.
 
     Raises:
-        ValueError: A shape, size, index or number is out of range.
+        ValueError: A shape, size, index or number is out of range; what is in tensors on a GPU
+            counts with ``checked`` only.
         TypeError: A dtype or an argument's type is wrong.
         RuntimeError: ``ART_CPU`` or ``ART_CUDA`` names no kernels that run here, or the GPU fails.
 
@@ -236,7 +239,8 @@ def append_kv(
         value_scale: Likewise.
 
     Raises:
-        ValueError: A shape or a slot is out of range; an int8 cache lacks its scales, or another
+        ValueError: A shape or a slot is out of range (slots on a GPU are looked at only where the
+            environment variable ``ART_CHECKED`` is 1); an int8 cache lacks its scales, or another
             one has some.
         TypeError: A dtype is wrong.
     """

@@ -64,6 +64,7 @@ class PageMap(Generic[Storage]):
     Args:
         budget: The memory limit.
         num_layers: Layers that share the map, for the accounting of memory.
+        device: Where the pages will be; None for the CPU. It may change while there are none.
 
     Attributes:
         table: int32 ``[rows, width]``; entries without a page are ``NULL_PAGE``. Replaced by a
@@ -74,10 +75,12 @@ class PageMap(Generic[Storage]):
         device: Where these are.
     """
 
-    def __init__(self, budget: MemoryBudget, num_layers: int) -> None:
+    def __init__(
+        self, budget: MemoryBudget, num_layers: int, device: torch.device | None = None
+    ) -> None:
         self.budget, self.num_layers = budget, num_layers
         self.storages: list[Storage] = []
-        self.device = torch.device("cpu")
+        self.device = torch.device("cpu") if device is None else device
         self._claimed_pages = self._claimed_bytes = 0
         self.reset(0)
 
@@ -130,6 +133,14 @@ class PageMap(Generic[Storage]):
         if drop_before is not None:
             count = max(0, count - self._freed_by(drop_before))
         return self._missing(count) * self._bytes_of_a_page()
+
+    def bytes_to_refill(self, end: IntArray) -> int:
+        """Bytes that :meth:`make_room` would claim once all pages are handed back.
+
+        Args:
+            end: int64 ``[rows]``, end of the entries that need a page.
+        """
+        return self._missing(int(end.sum()) - self.pages_in_use) * self._bytes_of_a_page()
 
     def _freed_by(self, first: IntArray) -> int:
         """Pages that :meth:`drop_before` would hand back."""
@@ -226,7 +237,7 @@ class PageMap(Generic[Storage]):
 
     def give_up(self) -> None:
         """Returns what was claimed of the memory limit."""
-        self.budget.used_bytes -= self._claimed_bytes
+        self.budget.release(self._claimed_bytes)
         self._claimed_pages = self._claimed_bytes = 0
 
     def drop_storages(self) -> None:

@@ -73,6 +73,25 @@ class MemoryBudget:
             self.max_bytes = default_max_bytes(device)
         return self.max_bytes
 
+    def check(self, num_bytes: int, device: torch.device) -> None:
+        """Checks that ``num_bytes`` more would fit, and counts nothing.
+
+        Args:
+            num_bytes: Bytes that are wanted.
+            device: Where they are.
+
+        Raises:
+            CacheMemoryError: That would exceed the limit.
+        """
+        limit = self.limit(device)
+        needed = self.used_bytes + num_bytes
+        if needed > limit:
+            raise CacheMemoryError(
+                f"the KV cache needs {needed:,} bytes and its limit is "
+                f"{limit:,}: pass a larger max_bytes, shorten the sequences or the batch, or "
+                "reset() the cache"
+            )
+
     def claim(self, num_bytes: int, device: torch.device, then: int = 0) -> None:
         """Counts ``num_bytes`` more as used.
 
@@ -84,15 +103,12 @@ class MemoryBudget:
         Raises:
             CacheMemoryError: That would exceed the limit. Nothing is counted then.
         """
-        limit = self.limit(device)
-        needed = self.used_bytes + num_bytes + then
-        if needed > limit:
-            raise CacheMemoryError(
-                f"the KV cache needs {needed:,} bytes and its limit is "
-                f"{limit:,}: pass a larger max_bytes, shorten the sequences or the batch, or "
-                "reset() the cache"
-            )
+        self.check(num_bytes + then, device)
         self.used_bytes += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        """Counts ``num_bytes`` that were claimed as free again."""
+        self.used_bytes -= num_bytes
 
 
 class GrowingPool(ABC):
@@ -293,8 +309,10 @@ def reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
             f"cannot reserve {num_bytes:,} bytes of address space for the KV cache ({error}): pass "
             "a smaller max_bytes"
         ) from error
-    with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
-        region.madvise(mmap.MADV_HUGEPAGE)
+    # Only slower without them: not every system has the advice, and a kernel may refuse it.
+    if (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+        with contextlib.suppress(OSError):
+            region.madvise(advice)
     return region, -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
 
 

@@ -24,7 +24,8 @@ WALKS = {
     "oldest_first": "recent tokens may never be read, which costs most quality (the paper's order)",
     "recent_first": "facts far back may be missed, and the sink tokens at the start are read last",
     "sink_recent": "facts far back may be missed: only the first and the newest tokens are certain",
-    "guided": "what is left out matters little by two-bit codes of the keys, which are estimates",
+    "guided": "tokens are skipped by an estimate from two-bit codes of their keys, so one that is "
+    "underestimated can be missed",
 }
 
 

@@ -7,6 +7,8 @@ Attention Run-time Termination, arXiv 2606.00024; the stopping rules are `output
 
 Terms, used everywhere in this package:
 
+* *B*, *Hq*, *Hkv*, *G*, *D*, *Dv*, *P*: sequences, query heads, KV heads, query heads of a KV head,
+  elements of a key, elements of a value, pages of the cache.
 * *unit*: `unit_size` consecutive tokens of one head, aligned at token 0; the smallest thing a walk
   can name.
 * *walk*: the order in which the units of a head are read.
@@ -38,6 +40,7 @@ from art_torch._reference_checks import (
     check_scale,
     check_tensors,
     check_walk,
+    check_walk_name,
 )
 from art_torch._reference_codes import decode_keys, encode_keys
 from art_torch._reference_guided import GuidedWalk, guided_walk
@@ -138,7 +141,7 @@ def decode_attention(
             included.
         criterion: when to stop. `None` reads the whole walk: exact attention.
         walk: `"oldest_first"`, `"recent_first"`, `"sink_recent"`, or int32 `[B, Hkv, max_units]` of
-            unit indices.
+            unit indices; those of a guided walk come from `guided_walk`.
         walk_lens: int32 `[B, Hkv]`, entries of an explicit `walk` that count; the others may hold
             anything.
         num_pinned: units at the start of the walk that are always read, an int or int32 `[B, Hkv]`.
@@ -240,6 +243,7 @@ def visible_tokens(seq_len: int, seq_start: int, sliding_window: int | None) -> 
 
 def walk_order(name: str, visible: range, unit_size: int) -> list[int]:
     """Return the units of a built-in walk: all those with a visible token, each once."""
+    check_walk_name(name)
     if not visible:
         return []
     units = list(range(visible[0] // unit_size, visible[-1] // unit_size + 1))

@@ -48,14 +48,22 @@ class _LayerCounts:
             if used is not None:
                 tokens_read = tokens_read[torch.from_numpy(used).to(tokens_read.device)]
             rows.append(tokens_read.sum(0))
-        chunk = torch.stack(rows)
-        self.kept_read.append(chunk)
-        self.kept_present.append([present for *_, present in self.waiting])
-        total = chunk.sum(0)
+        read, present = torch.stack(rows), [present for *_, present in self.waiting]
+        total = read.sum(0)
         self.read = total if self.read is None else self.read + total
-        self.present = self.present + sum(self.kept_present[-1])
-        self.steps += len(self.waiting)
+        self.present = self.present + sum(present)
+        self.steps += len(present)
         self.waiting.clear()
+        self._keep(read, present)
+
+    def _keep(self, read: Tensor, present: list[Present]) -> None:
+        if self.kept_read and len(self.kept_read[-1]) < _CHUNK:  # somebody asked in between
+            read = torch.cat([self.kept_read.pop(), read])
+            present = self.kept_present.pop() + present
+        self.kept_read.extend(read.split(_CHUNK))
+        self.kept_present.extend(
+            present[start : start + _CHUNK] for start in range(0, len(present), _CHUNK)
+        )
 
 
 class ReadStats:
@@ -238,12 +246,18 @@ class ReadStats:
     def per_step(self, layer: int) -> tuple[Tensor, Tensor]:
         """The kept steps of one layer, oldest first.
 
+        Steps on a preallocated cache, compiled and recorded ones among them, are in the totals
+        only.
+
         Args:
             layer: Index of the layer.
 
         Returns:
             Tokens read, int64 ``[steps, num_kv_heads]``, and tokens present, int64 ``[steps]``
             (the rounded mean over the heads where they differ).
+
+        Raises:
+            KeyError: The layer was not counted.
         """
         counts = self._layers[layer]
         counts.flush()

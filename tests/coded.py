@@ -7,11 +7,9 @@ from cases import CASES, GARBAGE_PAGE, Inputs
 
 from art_torch import encode_keys, guided_walk, key_code_bytes, reference
 from art_torch._reference_guided import order_units, rest_after
+from art_torch.guided import LOGIT_ARGUMENTS
 
 GROUP, UNIT = 64, 16
-LOGIT_OPTIONS = (
-    "scale", "softcap", "attn_sinks", "sliding_window", "alibi_slopes", "seq_starts", "key_scale",
-)  # fmt: skip
 STEPS_PER_NAT = 64 / math.log(2)
 
 
@@ -73,7 +71,7 @@ def visible_of(inputs, b, h):
 
 def call_guided(function, inputs, codes, **more):
     query, keys, _, table, lens = inputs.tensors
-    options = {k: v for k, v in inputs.options.items() if k in LOGIT_OPTIONS}
+    options = {k: v for k, v in inputs.options.items() if k in LOGIT_ARGUMENTS}
     return function(query, keys, table, lens, *codes, **options, **more)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import mmap
 
 import numpy as np
 import pytest
@@ -264,6 +266,24 @@ def test_unwritten_memory_is_not_resident():
     assert resident() - before < 64 << 20
 
 
+@pytest.mark.parametrize("why", ["refused", "unknown"])
+def test_without_huge_pages(why, monkeypatch):
+    refusals = []
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            refusals.append(advice)
+            raise OSError(errno.EINVAL, "no huge pages")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    if why == "unknown":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    model = Model()
+    model.append(2, 30)
+    model.check()
+    assert len(refusals) == (2 if why == "refused" else 0)  # a layer each
+
+
 def test_deep_copy_is_independent():
     model = Model()
     model.append(2, 30)
@@ -291,6 +311,9 @@ def test_lengths_as_tensors():
             )
         model.rows = [torch.cat([row, new[i : i + 1]]) for i, row in enumerate(model.rows)]
     assert int(model.table.static.padded_len) == 50
+    for ask in (lambda: model.table.longest, model.table.visible_total):
+        with pytest.raises(RuntimeError, match=r"preallocated for 50 tokens .* read seq_lens"):
+            ask()
     model.table.leave_static()
     assert model.table.padded_len == 50
     model.check()

@@ -47,14 +47,20 @@ def pool(*shape, dtype=torch.uint8):
 # Both operators refuse these, and so does the reference. Name: (changes, exception, words)
 OF_THE_CACHE = {
     "key_rank": ({"key_cache": torch.zeros(PAGES, PAGE, DIM)}, ValueError, "key_cache"),
-    "head_dim": ({"key_cache": torch.zeros(PAGES, PAGE, HKV, 100)}, ValueError, "100"),
+    "head_dim": (
+        {"key_cache": torch.zeros(PAGES, PAGE, HKV, 100)}, ValueError, "from 32 to 256, got 100",
+    ),
     "table_rank": ({"block_table": int32(3, 1, 2)}, ValueError, "block_table"),
-    "table_int64": ({"block_table": torch.zeros(BATCH, 3).long()}, TypeError, "int64"),
+    "table_int64": (
+        {"block_table": torch.zeros(BATCH, 3).long()}, TypeError, "block_table must", "int64",
+    ),
     "lens_heads": ({"seq_lens": int32([140] * 3, [70] * 3)}, ValueError, "seq_lens"),
-    "lens_int64": ({"seq_lens": torch.tensor([140, 70])}, TypeError, "int64"),
-    "lens_too_long": ({"seq_lens": int32(193, 1)}, ValueError, "193"),
-    "lens_negative": ({"seq_lens": int32(-1, 1)}, ValueError, "-1"),
-    "codes_dtype": (pool(7, HKV, RECORD, dtype=torch.float32), TypeError, "float32"),
+    "lens_int64": ({"seq_lens": torch.tensor([140, 70])}, TypeError, "seq_lens must", "int64"),
+    "lens_too_long": ({"seq_lens": int32(193, 1)}, ValueError, "seq_lens must", "got 193"),
+    "lens_negative": ({"seq_lens": int32(-1, 1)}, ValueError, "seq_lens must", "got -1"),
+    "codes_dtype": (
+        pool(7, HKV, RECORD, dtype=torch.float32), TypeError, "key_codes must", "float32",
+    ),
     "codes_rank": (pool(7, RECORD), ValueError, "key_codes"),
     "codes_heads": (pool(7, HKV + 1, RECORD), ValueError, f"[7, 3, {RECORD}]"),
     "codes_record": (pool(7, HKV, RECORD + 16), ValueError, f"[7, 2, {RECORD + 16}]"),
@@ -63,37 +69,55 @@ OF_THE_CACHE = {
     "code_table_heads": (
         {"code_table": torch.zeros(BATCH, 3, 3, dtype=torch.int32)}, ValueError, "code_table",
     ),
-    "code_table_width": ({"code_table": int32([6, 0], [2, 3])}, ValueError, "got 2"),
-    "code_table_int64": ({"code_table": torch.zeros(BATCH, 3).long()}, TypeError, "int64"),
+    "code_table_width": (
+        {"code_table": int32([6, 0], [2, 3])}, ValueError, "code_table must", "got 2",
+    ),
+    "code_table_int64": (
+        {"code_table": torch.zeros(BATCH, 3).long()}, TypeError, "code_table must", "int64",
+    ),
     "code_id_too_large": ({"code_table": int32([6, 7, 1], [2, 3, 4])}, ValueError, "got 7"),
     "code_id_negative": ({"code_table": int32([6, 0, 1], [-3, 3, 4])}, ValueError, "got -3"),
 }  # fmt: skip
 
 OF_ENCODE = {
     "coded_shape": ({"coded_lens": int32(0)}, ValueError, "coded_lens"),
-    "coded_int64": ({"coded_lens": torch.tensor([0, 0])}, TypeError, "int64"),
-    "coded_negative": ({"coded_lens": int32(0, -64)}, ValueError, "-64"),
-    "page_id": ({"block_table": int32([3, 1, 2], [9, 5, 0])}, ValueError, "got 9"),
-    "key_integer": ({"key_cache": torch.zeros(PAGES, PAGE, HKV, DIM).int()}, TypeError, "int32"),
-}
+    "coded_int64": ({"coded_lens": torch.tensor([0, 0])}, TypeError, "coded_lens must", "int64"),
+    "coded_negative": ({"coded_lens": int32(0, -64)}, ValueError, "coded_lens must", "got -64"),
+    "page_id": (
+        {"block_table": int32([3, 1, 2], [9, 5, 0])}, ValueError, "block_table must", "got 9",
+    ),
+    "key_integer": (
+        {"key_cache": torch.zeros(PAGES, PAGE, HKV, DIM).int()},
+        TypeError,
+        "key_cache must",
+        "int32",
+    ),
+}  # fmt: skip
 
 OF_GUIDE = {
     "query_rank": ({"query": torch.zeros(BATCH, DIM)}, ValueError, "query"),
-    "query_dtype": ({"query": torch.zeros(BATCH, HQ, DIM).half()}, TypeError, "float32"),
-    "query_heads": ({"query": torch.zeros(BATCH, 5, DIM)}, ValueError, "5"),
-    "query_dim": ({"query": torch.zeros(BATCH, HQ, 40)}, ValueError, "40"),
-    "tail_page_id": ({"block_table": int32([3, 1, 9], [4, 5, 0])}, ValueError, "got 9"),
-    "scale": ({"scale": float("nan")}, ValueError, "scale"),
-    "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
-    "window": ({"sliding_window": 0}, ValueError, "sliding_window"),
+    "query_dtype": (
+        {"query": torch.zeros(BATCH, HQ, DIM).half()}, TypeError, "key_cache must", "float32",
+    ),
+    "query_heads": (
+        {"query": torch.zeros(BATCH, 5, DIM)}, ValueError, "multiple of", "got 5 and 2",
+    ),
+    "query_dim": ({"query": torch.zeros(BATCH, HQ, 40)}, ValueError, "key_cache must", "40"),
+    "tail_page_id": (
+        {"block_table": int32([3, 1, 9], [4, 5, 0])}, ValueError, "block_table must", "got 9",
+    ),
+    "scale": ({"scale": float("nan")}, ValueError, "scale must", "got nan"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap must", "got -1"),
+    "window": ({"sliding_window": 0}, ValueError, "sliding_window must", "got 0"),
     "sinks": ({"attn_sinks": torch.zeros(3)}, ValueError, "attn_sinks"),
-    "starts_negative": ({"seq_starts": int32(-1, 0)}, ValueError, "-1"),
+    "starts_negative": ({"seq_starts": int32(-1, 0)}, ValueError, "seq_starts must", "got -1"),
     "alibi_per_head_lens": (
         {"alibi_slopes": torch.ones(HQ), "seq_lens": int32([140, 3], [70, 0])},
         ValueError,
+        "alibi_slopes",
         "seq_lens",
     ),
-}
+}  # fmt: skip
 
 
 # Also where: the group, the sequence and, where each has its own, the KV head.
@@ -119,10 +143,10 @@ def on(device, given):
 @pytest.mark.parametrize("function", ENCODERS, **which)
 @pytest.mark.parametrize("name", [*OF_THE_CACHE, *OF_ENCODE])
 def test_encode_keys_refuses(name, function, device):
-    changes, kind, words = {**OF_THE_CACHE, **OF_ENCODE}[name]
+    changes, kind, *words = {**OF_THE_CACHE, **OF_ENCODE}[name]
     given = on(device, {**cache(), **changes})
     before = given["key_codes"].clone()
-    assert_refused(function, given, kind, words)
+    assert_refused(function, given, kind, *words)
     if function is encode_keys:  # before anything was written
         assert torch.equal(given["key_codes"], before)
 
@@ -130,11 +154,11 @@ def test_encode_keys_refuses(name, function, device):
 @pytest.mark.parametrize("function", GUIDES, **which)
 @pytest.mark.parametrize("name", [*OF_THE_CACHE, *OF_GUIDE])
 def test_guided_walk_refuses(name, function, device):
-    changes, kind, words = {**OF_THE_CACHE, **OF_GUIDE}[name]
+    changes, kind, *words = {**OF_THE_CACHE, **OF_GUIDE}[name]
     if name == "head_dim":
         changes = {**changes, "query": torch.zeros(BATCH, HQ, 100)}
     given = on(device, {**query(), **cache(), **changes})
-    assert_refused(function, given, kind, words)
+    assert_refused(function, given, kind, *words)
 
 
 @pytest.mark.parametrize("name", FOUND_AT)
@@ -156,7 +180,13 @@ def test_page_size_of_a_guided_walk():
         "seq_lens": int32(10, 10),
     }
     for function in GUIDES:
-        assert_refused(function, {**query(), **cache(), **changes}, ValueError, "24")
+        assert_refused(
+            function,
+            {**query(), **cache(), **changes},
+            ValueError,
+            "page_size must be a multiple of 16",
+            "got 24",
+        )
 
 
 def test_strides_of_records():
@@ -210,6 +240,8 @@ def test_decode_attention_with_a_guided_walk():
             attend(walk=walk)
     with pytest.raises(ValueError, match=r'ResidualMass.*walk="guided"'):
         attend(walk="oldest_first", criterion=ResidualMass(), key_codes=None, code_table=None)
+    with pytest.raises(ValueError, match=r"walk must be .*'guided', or int32 .*got 'gided'"):
+        attend(walk="gided", key_codes=None, code_table=None)
     assert attend(criterion=ResidualMass()).stop_block.min() >= 0
     with pytest.raises(ValueError, match="guided_walk: key_codes must have shape"):
         attend(**pool(7, HKV, 64))

@@ -1,5 +1,6 @@
 """The order of the units, from key codes."""
 
+import inspect
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from art_torch import Stability, decode_attention, guided_walk, reference
+from art_torch.guided import GUIDED_TENSORS, LOGIT_ARGUMENTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 by_name = {"ids": lambda case: case.name}
@@ -37,6 +39,16 @@ SOME = [
     ),
     Case("tokens_last", (1000, 2023), layout="tokens_last", head_dim=96, num_q_heads=14),
 ]  # fmt: skip
+
+
+def test_arguments_that_others_hand_on():
+    """One that is left out would make the walk of another attention."""
+    handed_on = (*GUIDED_TENSORS, *LOGIT_ARGUMENTS)
+    of_walk, of_attention = (
+        inspect.signature(function).parameters for function in (guided_walk, decode_attention)
+    )
+    assert set(of_walk) - set(handed_on) == {"checked", "rest"}
+    assert set(handed_on) <= set(of_attention)
 
 
 def walk_of(inputs, codes, **more):

@@ -1,6 +1,7 @@
 """Key codes: the same bytes from the operator and the reference, at once and step by step."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from coded import GROUP, code_arguments, empty_pool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from art_torch import append_kv, encode_keys, key_code_bytes, reference
+from art_torch import KEY_CODES_VERSION, append_kv, encode_keys, key_code_bytes, reference
 from art_torch._reference_codes import encode_group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,6 +21,13 @@ DIMS = (32, 40, 48, 64, 80, 96, 128, 192, 256)
 # Tokens that are not visible are NaN there, and pages without any have no id.
 UNHIDDEN = [case for case in CASES if case.starts is None and "sliding_window" not in case.options]
 ENCODED = [case for case in UNHIDDEN if case.walk == "sink_recent" and not case.sinks]
+
+
+def test_the_version_is_that_of_the_specification():
+    root = Path(__file__).parent.parent
+    for name in ("docs/key_codes.md", "csrc/core/key_codes.h"):
+        first = (root / name).read_text().splitlines()[0]
+        assert f"format version {KEY_CODES_VERSION}" in first
 
 
 def encode_one(keys, device="cpu"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CACHE_DTYPES, CASES, LOOSE, Case, build
-from coded import LOGIT_OPTIONS, call_guided, guided_inputs, with_codes
+from coded import call_guided, guided_inputs, with_codes
 from rests import bare_arguments as arguments_of
 
 from art_torch import (
@@ -17,6 +17,7 @@ from art_torch import (
     key_code_bytes,
     ops,
 )
+from art_torch.guided import LOGIT_ARGUMENTS
 
 by_dtype = {"ids": lambda dtype: str(dtype).removeprefix("torch.")}
 NAMES = ("everything", "explicit_per_head", "per_head_lens", "layout_dense", "layout_hnd", "ragged")
@@ -81,7 +82,7 @@ def test_opcheck_append_kv(device):
 
 def guided_arguments(case, dtype, device):
     inputs = build(case, dtype, device)
-    options = {k: v for k, v in inputs.options.items() if k in LOGIT_OPTIONS}
+    options = {k: v for k, v in inputs.options.items() if k in LOGIT_ARGUMENTS}
     query, keys, _, table, lens = inputs.tensors
     return (query, keys, table, lens, *with_codes(inputs)), options
 

@@ -200,6 +200,13 @@ def test_blocks_hold_visible_tokens_only():
     assert [b.tolist() for b in blocks] == [[5, 6, 7], list(range(8, 16)), [16, 17, 18, 19]]
 
 
+@pytest.mark.parametrize("name", ["guided", "gided", ""])
+def test_other_names_of_walks(name):
+    words = rf"'oldest_first', 'recent_first', 'sink_recent', .*guided_walk.*encode_keys.*'{name}'"
+    with pytest.raises(ValueError, match=words):
+        reference.walk_order(name, range(100), 16)
+
+
 def test_default_of_num_pinned_is_64_tokens_at_either_end():
     assert reference.default_pinned("sink_recent", 16) == 8
     assert reference.default_pinned("sink_recent", 48) == 4

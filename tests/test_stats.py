@@ -68,6 +68,21 @@ def test_memory_is_bounded():
     assert read[-1].item() == 999
 
 
+def test_questions_do_not_shorten_what_is_kept():
+    asked, left_alone = ReadStats(kept_steps=256), ReadStats(kept_steps=256)
+    for step in range(1000):
+        for stats in (asked, left_alone):
+            stats.add(0, torch.full((1, 2), step, dtype=torch.int32), present=1000 + step)
+        if step % 3:
+            asked.read_fraction()
+    for stats in (asked, left_alone):
+        read, present = stats.per_step(0)
+        assert read[:, 0].tolist() == list(range(1000 - len(read), 1000))
+        assert (present == 1000 + read[:, 1]).all()
+        assert len(read) == 3 * 64 + 1000 % 64
+        assert stats.tokens_read().tolist() == [[sum(range(1000))] * 2]
+
+
 def test_counting_on_the_device():
     stats = ReadStats()
     read = torch.tensor([[5, 7], [6, 8]], dtype=torch.int32)
@@ -76,6 +91,9 @@ def test_counting_on_the_device():
     assert stats.steps == 2
     assert stats.tokens_read().tolist() == [[22, 30]]
     assert stats.tokens_present().tolist() == [30 + 20 + 32]
+    assert stats.per_step(3)[1].tolist() == [30]  # the other step is in the totals only
+    with pytest.raises(KeyError):
+        stats.per_step(4)
     stats.reset()
     assert stats.layers == []
     stats.add_on_device(3, read, torch.tensor([20, 100], dtype=torch.int32), window=None)

@@ -14,7 +14,7 @@ from tiny_models import TINY
 import art_torch
 from art_torch import encode_keys, key_code_bytes
 from art_torch.cache import CacheMemoryError
-from art_torch.code_table import CodeStorage
+from art_torch.code_table import CodeStorage, CodeTable
 
 HEADS, DIM = 2, 32
 FULL_LAYERS = 2
@@ -47,10 +47,14 @@ class Driven:
         for layer in self.cache.layers:
             layer.use_codes()
 
+    def write(self, page: int | torch.Tensor) -> None:
+        """Changes a page of keys as anybody may."""
+        self.cache.layers[1].storage.key_cache[int(page)].mul_(-1)
+
     def check(self) -> None:
         """Codes written step by step equal those of the whole cache, made at once."""
         table = self.table
-        assert table.longest == int(table.seq_lens.max())
+        assert table.static_len or table.longest == int(table.seq_lens.max())
         for layer in self.cache.layers:
             codes = layer.guided_arguments()
             rows, groups = codes["code_table"].shape
@@ -74,6 +78,10 @@ class Driven:
         held, counts = np.unique(groups.table[groups.table > 0], return_counts=True)
         assert groups.pages_in_use == len(held)
         assert (groups._ids.references[held] == counts).all()
+
+
+def pages_of(table):
+    return st.integers(1, table.pages._ids.end - 1)
 
 
 def action(draw, driven: Driven) -> None:
@@ -102,6 +110,8 @@ def action(draw, driven: Driven) -> None:
         cache.batch_repeat_interleave(2)
     elif kind == "static":
         steps, more = draw(st.integers(0, 70)), draw(st.integers(0, 70))
+        if draw(st.booleans()):
+            driven.write(draw(pages_of(table)))
         cache.preallocate(table.longest + steps + more + draw(st.integers(0, 100)))
         for _ in range(steps):
             driven.append(batch, 1)
@@ -111,10 +121,11 @@ def action(draw, driven: Driven) -> None:
             driven.append(batch, 1)
         if table.codes is not None:
             driven.check()
+        if draw(st.booleans()):
+            driven.write(draw(pages_of(table)))
         cache.reorder_cache(torch.arange(batch))  # goes back to lengths on the host
     elif kind == "write":
-        page = draw(st.integers(1, table.pages._ids.end - 1))
-        cache.layers[1].storage.key_cache[page].mul_(-1)
+        driven.write(draw(pages_of(table)))
     elif kind == "copy":
         left, driven.cache = driven.cache, copy.deepcopy(driven.cache)
         left.crop(-min(left.get_seq_length(), 70))
@@ -205,8 +216,21 @@ def test_a_copy_has_a_code_table_of_its_own():
     assert torch.equal(codes.code_table, before)
 
 
+@pytest.fixture
+def renewed(monkeypatch):
+    """The code tables that are made anew."""
+    tables, renew = [], CodeTable.renew
+
+    def noted(self, lens):
+        tables.append(self)
+        renew(self, lens)
+
+    monkeypatch.setattr(CodeTable, "renew", noted)
+    return tables
+
+
 @pytest.mark.parametrize("inference", [False, True])
-def test_keys_written_by_others_are_encoded_again(inference):
+def test_keys_written_by_others_are_encoded_again(inference, renewed):
     driven = Driven()
     with torch.inference_mode(inference):
         driven.append(1, 200)
@@ -214,20 +238,64 @@ def test_keys_written_by_others_are_encoded_again(inference):
         driven.append(2, 1)  # row 1 gets a copy of the last page, and our own copy is no write
         storage, codes = driven.cache.layers[1].storage, driven.table.codes
         driven.check()
-        assert codes.generation == 0
+        assert renewed == []
         storage.key_cache[driven.table.block_table[1, 0], 7] = 3.0
         driven.check()
-        assert codes.generation == 1
+        assert renewed == [codes]
         storage.value_cache[:] = 1.0  # values have no codes
         driven.append(2, 70)
         driven.check()
-        assert codes.generation == 1
+        assert renewed == [codes]
         with torch.no_grad():
             storage.key_cache[driven.table.block_table[0, 1].long(), 9:12] *= 2
         left = copy.deepcopy(driven)
         left.check()  # the copy knows as well
         driven.check()
-        assert left.table.codes.generation == codes.generation == 2
+        assert renewed == [codes, left.table.codes, codes]
+
+
+@pytest.mark.parametrize("max_length", [None, 400])
+def test_keys_written_before_it_is_preallocated(max_length, renewed):
+    driven = Driven(max_length=max_length)
+    driven.append(2, 200)
+    driven.check()
+    driven.write(driven.table.block_table[0, 1])
+    if max_length is None:
+        driven.cache.preallocate(400)
+    else:
+        driven.cache.get_mask_sizes(1, 0)  # a step of one token begins
+    assert driven.table.static_len == 400
+    driven.check()
+    for _ in range(70):
+        driven.append(2, 1)
+    driven.check()
+    with pytest.raises(RuntimeError, match=r"preallocated for 400 tokens .* call leave_static"):
+        driven.table.renew_codes()
+    driven.cache.crop(-3)
+    driven.check()
+    assert len(renewed) == 1
+
+
+def test_keys_written_while_it_is_preallocated():
+    """They are encoded again when the cache goes back to lengths on the host."""
+    driven = Driven()
+    driven.append(2, 200)
+    for length in (300, 400):
+        driven.cache.preallocate(length)
+        driven.append(2, 1)
+        driven.write(driven.table.block_table[1, 0])
+    driven.cache.crop(0)
+    driven.check()
+
+
+def test_what_a_reset_cache_held_does_not_count(renewed):
+    driven = Driven()
+    driven.append(2, 200)
+    driven.write(driven.table.block_table[1, 0])
+    driven.cache.reset()
+    driven.append(2, 200)
+    driven.check()
+    assert renewed == []
 
 
 def test_rows_that_share_codes_are_written_to_apart():
@@ -318,6 +386,26 @@ def test_preallocation_needs_room_for_codes():
         driven.append(1, 1)
     driven.check()
     assert driven.cache.budget.used_bytes == budget_for(320)
+
+
+def test_preallocation_needs_room_for_renewed_codes():
+    """Rows that shared code pages get their own, for their keys may differ now."""
+    driven = Driven(16, max_bytes=1 << 24)
+    driven.append(1, 200)
+    driven.cache.batch_repeat_interleave(2)
+    table, budget = driven.table, driven.cache.budget
+    shared = table.bytes_to_preallocate(300)
+    driven.write(table.block_table[0, 1])
+    needed = table.bytes_to_preallocate(300)
+    assert needed == shared + 3 * FULL_LAYERS * HEADS * key_code_bytes(DIM)
+    budget.max_bytes = budget.used_bytes + needed - 1
+    with pytest.raises(CacheMemoryError):
+        driven.cache.preallocate(300)
+    assert table.keys_were_written
+    budget.max_bytes += 1
+    driven.cache.preallocate(300)
+    assert budget.used_bytes == budget.max_bytes
+    driven.check()
 
 
 def test_codes_that_come_while_it_is_preallocated():

@@ -99,7 +99,7 @@ def test_preallocate_past_its_length_fails(tiny):
         cache.preallocate(32)
         for _ in range(2):
             model(prompt(1, 1), past_key_values=cache)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="no room left: it was preallocated for 32"):
             model(prompt(1, 1), past_key_values=cache)
 
 

@@ -41,7 +41,8 @@ class ARTCache(Cache):
     with a sliding window hand back the pages that left it. Layers of linear attention keep their
     states as in any other cache. Of a prompt that a press of kvpress compresses, only what it keeps
     is stored, head by head (``docs/kvpress.md``). ``copy.deepcopy`` copies a cache; it cannot be
-    pickled or saved.
+    pickled or saved. On the CPU its memory is advised to use huge pages; where the system has none
+    or refuses them, it uses small ones, which is slower, and nothing tells.
 
     Args:
         config: The model's config (``model.config``).
@@ -51,7 +52,8 @@ class ARTCache(Cache):
         key_codes: Keep two-bit codes of the keys of full-attention layers, about 8 % of 16-bit keys
             and values, for ``patch(model, criterion, walk="guided")``. A model patched so switches
             them on by itself. Codes follow everything the cache does. After keys were written to by
-            others, through PyTorch, they are made anew.
+            others, through PyTorch, they are made anew (of a preallocated cache when that ends;
+            ``docs/key_codes.md`` says what is not noticed).
         kv_dtype: ``torch.int8`` keeps keys and values in eight bits an element, on the CPU: each
             token of a head is rounded to 255 multiples of a float32 scale of its own when it is
             stored (``docs/int8.md``). Tokens of a forward pass see each other as they came, a
@@ -192,11 +194,13 @@ class ARTCache(Cache):
         """
         tables = self._tables_in_use()
         needed = sum(table.bytes_to_preallocate(max_length) for table in tables)
-        self.budget.claim(0, tables[0].device, needed)
+        self.budget.check(needed, tables[0].device)
         self._leave_static()
         try:
             for table in tables:
                 table.preallocate(max_length)
+            for layer in self._paged():  # here, and not within a step that is compiled
+                layer.write_void_codes()
         except BaseException:  # the device itself has no more memory
             self._leave_static()
             raise

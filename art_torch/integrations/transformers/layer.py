@@ -51,7 +51,6 @@ class _Place(NamedTuple):
     table: PageTable
     storage: PageStorage | None
     codes: CodeStorage | None
-    coded_generation: int | None
 
 
 class ARTLayer(CacheLayerMixin):
@@ -81,7 +80,6 @@ class ARTLayer(CacheLayerMixin):
         self.lent: tuple[Tensor, Tensor] | None = None  # dense keys and values of the last pass
         self.storage: PageStorage | None = None
         self.codes: CodeStorage | None = None  # from the first pass on with codes in the table
-        self.coded_generation: int | None = None  # of the codes that are written, None for none
         self.pending: tuple[Tensor, Tensor] | None = None
         self.prompt: Prompt | None = None  # not stored yet: presses decide what is
         self._before_eviction: _Place | None = None
@@ -121,9 +119,7 @@ class ARTLayer(CacheLayerMixin):
     ) -> PageStorage:
         """Reserves pages of the dtype and on the device of ``like``; None for what may be."""
         dtype, device = like.dtype, like.device
-        table.pages.device = device
-        if table.codes is not None:
-            table.codes.groups.device = device
+        table.device = device
 
         def make(max_pages: int) -> PageStorage:
             size = max_pages if pages is None else pages
@@ -283,8 +279,8 @@ class ARTLayer(CacheLayerMixin):
         # As many again for what follows; a growing storage copies what it has.
         storage = self._add_storage(table, 1, dims, keys, 2 * pages + len(rows))
         step = table.begin_prompt(rows, prompt.keys.shape[2], prompt.real)
-        self._before_eviction = _Place(shared, self.storage, self.codes, self.coded_generation)
-        self._move(_Place(table, storage, None, None))
+        self._before_eviction = _Place(shared, self.storage, self.codes)
+        self._move(_Place(table, storage, None))
         keys, values = (left.flatten(0, 1).unsqueeze(1) for left in (keys, values))
         self._write(keys, values, step.slots)
         self.prompt, self.padded_len = None, table.padded_len
@@ -293,7 +289,7 @@ class ARTLayer(CacheLayerMixin):
             self.use_codes()
 
     def _move(self, place: _Place) -> None:
-        self.table, self.storage, self.codes, self.coded_generation = place
+        self.table, self.storage, self.codes = place
 
     def leave_evicted(self) -> None:
         """Back to the pages all layers share, without any token."""
@@ -350,12 +346,11 @@ class ARTLayer(CacheLayerMixin):
         assert codes is not None
         assert self.codes is not None
         assert self.storage is not None
-        # Compiled steps may copy what append_kv was to write: PyTorch then sees our own writes.
+        # Compiled steps may copy what append_kv was to write: PyTorch then sees our own writes. So
+        # others' are looked for when a static phase begins, and after it.
         if not self.table.static_len and self.storage.foreign_writes:
             self.table.renew_codes()
-            self.storage.foreign_writes = 0
-        if self.coded_generation != codes.generation:
-            self._encode()
+        self.write_void_codes()
         records, groups = self.codes.key_codes, codes.code_table
         if isinstance(self.table, EvictedTable):
             heads = self.table.num_kv_heads
@@ -374,27 +369,32 @@ class ARTLayer(CacheLayerMixin):
         )
         table.cover_codes()
 
+    def write_void_codes(self) -> None:
+        """Writes the codes of all groups, if there are codes and they are void."""
+        if self.codes is not None and self.codes.is_void:
+            self._encode()
+
     def _encode(self) -> None:
-        """Writes the codes of groups that the last pass completed, or of all if there are none."""
+        """Writes the codes of groups that the last pass completed, or of all if they are void."""
         codes = self.table.codes
         if codes is None:
-            return
-        coded_lens, generation = codes.coded_lens, codes.generation
-        if self.coded_generation == generation and coded_lens is None:
             return
         storage = self.storage
         assert storage is not None
         assert self.codes is not None
+        coded_lens = None if self.codes.is_void else codes.coded_lens
+        if coded_lens is None and not self.codes.is_void:
+            return
         encode_keys(
             storage.key_cache,
             self.table.block_table,
             self.table.seq_lens,
             self.codes.key_codes,
             codes.code_table,
-            coded_lens=coded_lens if self.coded_generation == generation else None,
+            coded_lens=coded_lens,
             key_scale=storage.scales.get("key_scale"),
         )
-        self.coded_generation = generation
+        self.codes.is_void = False
 
     # ---------------------------------------------------------------- what transformers asks
 

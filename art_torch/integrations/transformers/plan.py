@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from art_torch.criterion import rules_of
-from art_torch.guided import GROUP_TOKENS, UNIT_TOKENS, guided_walk
+from art_torch.guided import (
+    GROUP_TOKENS,
+    GUIDED_TENSORS,
+    LOGIT_ARGUMENTS,
+    UNIT_TOKENS,
+    guided_walk,
+)
+from art_torch.reference import default_pinned
 
 if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
@@ -24,9 +31,6 @@ __all__ = [
 ]
 
 READ_ALL: dict[str, Any] = {"criterion": None, "walk": "sink_recent"}
-
-# What `sink_recent` pins by default: the first and the last of these.
-_ENDS = 64
 
 # In fewer tokens than these the guided walk pins every unit: the first four, the last complete
 # group and what follows it. Pinned units come in ascending order, so this walk has the same bits.
@@ -47,7 +51,9 @@ _EXACT_NOTE = (
 
 def least_guided_bytes(device: torch.device) -> int:
     """Keys and values of a layer from which on the guided walk is faster than reading them all."""
-    if device.type != "cuda":  # scores cost a tenth of what they may save, at any length
+    if device.type != "cuda":
+        # Scores and order take 0.1 to 0.3 of the time of reading everything in float32, 0.2 to 0.5
+        # in bfloat16 (benchmarks/bench_guided_decode.py): what a preset leaves out is mostly more.
         return 0
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return _GUIDED_BYTES_PER_MULTIPROCESSOR * multiprocessors
@@ -101,11 +107,10 @@ def pin_all_where(dense: Tensor, most: int, arguments: dict[str, Any]) -> dict[s
     shape = arguments["query"].shape[0], arguments["key_cache"].shape[2]
     if arguments["walk"] == "guided":
         rest = rules_of(arguments["criterion"]).residual_mass is not None
-        names = ("query", "key_cache", "block_table", "seq_lens", "scale", "sliding_window",
-                 "seq_starts", "softcap", "attn_sinks", "key_scale")  # fmt: skip
+        names = (*GUIDED_TENSORS, *LOGIT_ARGUMENTS)
         given = {name: arguments[name] for name in names if name in arguments}
-        codes = {name: arguments.pop(name) for name in ("key_codes", "code_table")}
-        walk = guided_walk(**given, **codes, rest=rest)
+        walk = guided_walk(**given, rest=rest)
+        del arguments["key_codes"], arguments["code_table"]
         arguments.update(walk=walk.walk, walk_lens=walk.walk_lens)
         if rest:
             arguments["log_rest"] = walk.log_rest
@@ -113,8 +118,7 @@ def pin_all_where(dense: Tensor, most: int, arguments: dict[str, Any]) -> dict[s
     else:
         units = arguments.get("num_pinned")
         if units is None:
-            ends = 2 * -(-_ENDS // arguments["unit_size"])
-            units = ends if arguments["walk"] == "sink_recent" else 0
+            units = default_pinned(arguments["walk"], arguments["unit_size"])
         pinned = torch.full(shape, units, dtype=torch.int32, device=dense.device)
     arguments["num_pinned"] = torch.where(dense, torch.full_like(pinned, most), pinned)
     return arguments
