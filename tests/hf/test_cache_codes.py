@@ -280,10 +280,10 @@ def test_keys_written_while_it_is_preallocated():
     """They are encoded again when the cache goes back to lengths on the host."""
     driven = Driven()
     driven.append(2, 200)
-    for length in (300, 400):
+    for page, length in enumerate((300, 400)):
         driven.cache.preallocate(length)
         driven.append(2, 1)
-        driven.write(driven.table.block_table[1, 0])
+        driven.write(driven.table.block_table[1, page])
     driven.cache.crop(0)
     driven.check()
 
