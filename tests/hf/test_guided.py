@@ -450,8 +450,8 @@ def test_one_graph(tiny, name):
         assert backend.frame_count == 1
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(handle.stats.tokens_read(), read)
-        # Back to lengths on the host: what compiled steps wrote could be others' as well, so the next
-        # guided step makes codes anew.
+        # Back to lengths on the host: what compiled steps wrote could be others' as well, so codes
+        # are made anew.
         cache.crop(-1)
         table = cache.tables[0]
         assert table.keys_were_written
