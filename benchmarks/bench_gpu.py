@@ -62,7 +62,7 @@ PATIENCE_SECONDS = 60.0  # with one implementation at one point
 POOL_BYTES = 6 << 30  # room for the rotating inputs of any point that is smaller
 SMOKE_POOL_BYTES = 32 << 20
 PACKAGES = ("triton", "flashinfer-python")
-WIDTHS = (40, 8, 12, 6, 6, 5, 5, 6, 5, 6, *(5 for _ in GUIDED_PERCENT))
+WIDTHS = (40, 8, 12, 6, 6, 5, 5, 6, 5, 6, 6, 5, *(5 for _ in GUIDED_PERCENT))
 
 Job = tuple[Point, list[str]]
 
@@ -258,7 +258,7 @@ def table_line(texts: list[str]) -> str:
 
 def measure(work: list[Job], pool: Pool, results: ResultFile, deadline: float) -> None:
     """Until ``deadline`` on the clock of time.monotonic()."""
-    console = Console(width=140, highlight=False)
+    console = Console(width=160, highlight=False)
     console.print(f"[bold]{table_line(list(COLUMNS))}[/]")
     # Captures must not be disturbed by objects that are freed in between.
     gc.collect()
@@ -281,7 +281,7 @@ def measure(work: list[Job], pool: Pool, results: ResultFile, deadline: float) -
 
 def show_summary(rows: list[Row]) -> None:
     """The goals, and what went wrong."""
-    console = Console(width=140, highlight=False)
+    console = Console(width=160, highlight=False)
     for verdict in verdicts(rows):
         colour = "default" if not verdict.bound else "red" if verdict.missed else "green"
         console.print(
