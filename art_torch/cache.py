@@ -1,9 +1,9 @@
-"""Paged KV cache, seen from the tokens: lengths, pads, windows, and where a new token goes.
+"""Paged KV cache, seen from a forward pass: where its tokens go, and the tensors operators read.
 
 A :class:`PageTable` is shared by all layers that keep the same tokens, so that page ids are handed
-out once per step and not once per layer. Which pages there are is the matter of
-:mod:`art_torch.page_map`, what is in them that of :mod:`art_torch.page_storage`. Nothing here knows
-about models; ``art_torch.integrations`` does.
+out once per step and not once per layer. Which tokens there are is the matter of
+:mod:`art_torch.token_counts`, which pages that of :mod:`art_torch.page_map`, and what is in them
+that of :mod:`art_torch.page_storage`. Nothing here knows about models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from art_torch.guided import require_guided_device
 from art_torch.page_map import BoolArray, IntArray, PageMap
 from art_torch.page_storage import CacheMemoryError, MemoryBudget, PageStorage
 from art_torch.static_lengths import StaticLengths
+from art_torch.token_counts import TokenCounts
 
 __all__ = ["BoolArray", "CacheMemoryError", "MemoryBudget", "PageStorage", "PageTable", "Step"]
 
@@ -43,9 +43,6 @@ class Step(NamedTuple):
 class PageTable:
     """Where the tokens of each sequence are; shared by all layers that keep the same tokens.
 
-    Pad tokens are not stored. Two lengths are therefore kept: ``seq_lens`` counts stored tokens,
-    ``padded_len`` counts tokens as the caller does, pads included.
-
     Args:
         page_size: Tokens a page.
         window: Tokens a query sees, its own included; None for all. Pages that left the window
@@ -54,11 +51,11 @@ class PageTable:
         num_layers: Layers that share the table, for the accounting of memory.
 
     Attributes:
+        counts: The tokens of each row; while preallocated, those of before.
         pages: The pages of each row.
         codes: The key codes, None while there are none; see :meth:`switch_on_codes`.
         block_table: int32 ``[batch, max_pages]``; a new tensor only when rows outgrow it.
-        seq_lens: int32 ``[batch]``, updated in place.
-        padded_len: Tokens per row as the caller counts them.
+        seq_lens: int32 ``[batch]``, stored tokens, which pads are not; updated in place.
         record_past: Keep everything until :meth:`crop`, so that several passes can be undone.
         step: The last forward pass.
         static: After :meth:`preallocate`, what counts instead; None otherwise.
@@ -77,12 +74,8 @@ class PageTable:
         self.pages.reset(batch)
         if self.codes is not None:
             self.codes.reset(batch)
-        self._accept_keys()
-        self.padded_len = 0
+        self.counts = TokenCounts(batch, self.window)
         self.static: StaticLengths | None = None
-        self._real: BoolArray | None = None  # [batch, padded_len], only if a pad was ever seen
-        self._kept_from: IntArray = np.zeros(batch, np.int64)  # first stored token
-        self._lens: npt.NDArray[np.int32] = np.zeros(batch, np.int32)
         self._changed()
         self._publish()
 
@@ -90,25 +83,23 @@ class PageTable:
         """Forgets what was computed for the layers of one pass."""
         self.step: Step | None = None
         self._history: tuple[tuple[int, int], Tensor] | None = None
-        self._visible: int | None = None
-        self._longest: int | None = None
 
     @torch.inference_mode(False)  # made inside of it, they could not be written to outside
     def _publish(self) -> None:
         """Brings the tensors up to date. On the CPU they share memory with the arrays."""
         table = self.pages.table
         if self.codes is not None:
-            self.codes.publish(table.shape[1] * self.page_size)
+            self.codes.publish()
         if self.device.type == "cpu":
             self.block_table = torch.from_numpy(table)
-            self.seq_lens = torch.from_numpy(self._lens)
+            self.seq_lens = torch.from_numpy(self.counts.lens)
             return
         if tuple(self.block_table.shape) != table.shape or self.block_table.device != self.device:
             self.block_table = torch.from_numpy(table).to(self.device)
-            self.seq_lens = torch.from_numpy(self._lens).to(self.device)
+            self.seq_lens = torch.from_numpy(self.counts.lens).to(self.device)
         self.block_table.copy_(torch.from_numpy(table))
         if self.static is None:  # or only the tensor knows them
-            self.seq_lens.copy_(torch.from_numpy(self._lens))
+            self.seq_lens.copy_(torch.from_numpy(self.counts.lens))
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +115,7 @@ class PageTable:
     @property
     def batch(self) -> int:
         """Rows, 0 while empty."""
-        return len(self._lens)
+        return len(self.counts.lens)
 
     @property
     def sequences(self) -> int:
@@ -138,28 +129,23 @@ class PageTable:
         return self.pages.bytes_in_use + codes
 
     @property
-    def _host_lens(self) -> npt.NDArray[np.int32]:
-        """Stored tokens of the rows, for who must not ask while only a tensor knows them."""
-        if self.static is not None:
-            raise RuntimeError(
-                f"the lengths of a cache that is preallocated for {self.static.length} tokens are "
-                "tensors: read seq_lens, or call leave_static() first"
-            )
-        return self._lens
-
-    @property
     def static_len(self) -> int:
         """Length for which :meth:`preallocate` made room, 0 otherwise."""
-        return 0 if self.static is None else self.static.length
+        return self.counts.static_len
+
+    @property
+    def padded_len(self) -> int:
+        """Tokens per row as the caller counts them; while preallocated, those of before."""
+        return self.counts.padded_len
 
     @property
     def has_pads(self) -> bool:
         """Whether any row ever had a pad token."""
-        return self._real is not None
+        return self.counts.real is not None
 
     def real_tokens(self, start: int, end: int) -> BoolArray | None:
         """Of padded positions: bool ``[batch, end - start]``, False for a pad; None if all real."""
-        return None if self._real is None else self._real[:, start:end]
+        return None if self.counts.real is None else self.counts.real[:, start:end]
 
     # ---------------------------------------------------------------- one forward pass
 
@@ -185,78 +171,50 @@ class PageTable:
                 f"the cache holds {self.batch} sequences, got a batch of {batch}; reset() the "
                 "cache, or select its rows first"
             )
-        page = self.page_size
-        before = self._lens.astype(np.int64)
+        page, counts = self.page_size, self.counts
+        before = counts.lens.astype(np.int64)
         after = before + (tokens if real is None else real.sum(1))
+        keep_from = np.zeros_like(before)
         if not self.record_past:
-            self._drop_invisible(before)
-        keep_from = self._first_needed(before, after)
+            self._drop_invisible()
+            keep_from = counts.first_needed(before, after)
         # A row that gets nothing writes nowhere: its range of entries is empty.
         write_from = np.where(after > before, before // page, self.pages.used)
         codes = 0 if self.codes is None else self.codes.bytes_to_grow(after)
         changed = self.pages.make_room(keep_from // page, -(-after // page), write_from, codes)
         if self.codes is not None:
             changed |= self.codes.grow(before, after)
-        slots = self._slots(before, tokens, real, keep_from)
-        self._append_real(tokens, real)
-        self._lens[:] = after
-        self._kept_from = np.maximum(self._kept_from, np.minimum(keep_from, after))
-        self.step = Step(torch.from_numpy(slots).to(self.device), self.padded_len, tokens)
-        self.padded_len += tokens
-        self._visible = self._longest = None
+        slots = torch.from_numpy(self._new_slots(tokens, real, keep_from)).to(self.device)
+        self.step = Step(slots, counts.padded_len, tokens)
+        counts.append(after, tokens, real)
+        counts.forget_before(keep_from)
         if changed or self.device.type != "cpu":
             self._publish()
         return self.step
 
-    def _invisible(self, lens: IntArray) -> IntArray:
-        """Tokens that the next queries of rows of these lengths cannot see, int64 ``[rows]``."""
-        return np.maximum(0, lens + 1 - self.window) if self.window else np.zeros_like(lens)
-
-    def _drop_invisible(self, lens: IntArray) -> None:
-        """Hands back pages that the next queries of rows of these lengths cannot see."""
+    def _drop_invisible(self) -> None:
+        """Hands back pages that the next queries cannot see."""
         if self.window is None:
             return
-        first = self._invisible(lens)
+        first = self.counts.invisible(self.counts.lens.astype(np.int64))
         self.pages.drop_before(first // self.page_size)
-        self._kept_from = np.maximum(self._kept_from, first)
+        self.counts.forget_before(first)
 
-    def _first_needed(self, before: IntArray, after: IntArray) -> IntArray:
-        """First token worth storing: a prefill longer than the window leaves only its end.
-
-        That is what its own last query sees, for layers that share these keys may ask with it.
-        """
-        if self.window is None or self.record_past:
-            return np.zeros_like(before)
-        is_long = after - before >= self.window
-        return np.where(is_long, np.maximum(0, after - self.window), 0)
-
-    def _slots(
-        self, before: IntArray, tokens: int, real: BoolArray | None, keep_from: IntArray
-    ) -> IntArray:
+    def _new_slots(self, tokens: int, real: BoolArray | None, keep_from: IntArray) -> IntArray:
         if tokens == 1 and real is None:
-            entry, offset = np.divmod(before, self.page_size)
+            entry, offset = np.divmod(self.counts.lens.astype(np.int64), self.page_size)
             page = self.pages.table[np.arange(self.batch), entry]
             return page.astype(np.int64) * self.page_size + offset
-        rank = np.arange(tokens)[None, :] if real is None else real.cumsum(1) - 1
-        index = before[:, None] + rank
-        stored = index >= keep_from[:, None]
-        if real is not None:
-            stored &= real
-        return self._slots_of(index, stored, -1).reshape(-1)
+        return self.slots_of(*self.counts.new_indices(tokens, real, keep_from), -1).reshape(-1)
 
-    def _slots_of(self, index: IntArray, stored: BoolArray, otherwise: int) -> IntArray:
-        """Slots of stored tokens, by index in their row."""
+    def slots_of(self, index: IntArray, stored: BoolArray, otherwise: int = 0) -> IntArray:
+        """Slots of tokens by index in their row, int64 ``[batch, tokens]``, where they are stored.
+
+        Others, False in the bool ``stored``, get ``otherwise``, by default a slot in the null page.
+        """
         entry, offset = np.divmod(np.where(stored, index, 0), self.page_size)
         page = np.take_along_axis(self.pages.table, entry, axis=1).astype(np.int64)
         return np.where(stored, page * self.page_size + offset, otherwise)
-
-    def _append_real(self, tokens: int, real: BoolArray | None) -> None:
-        if self._real is None:
-            if real is None or real.all():
-                return
-            self._real = np.ones((self.batch, self.padded_len), np.bool_)
-        new = np.ones((self.batch, tokens), np.bool_) if real is None else real
-        self._real = np.concatenate([self._real, new], axis=1)
 
     def history_slots(self, start: int, end: int) -> Tensor:
         """Slots of padded positions ``start`` to ``end - 1``, int64 ``[batch, end - start]``.
@@ -266,36 +224,9 @@ class PageTable:
         """
         if self._history is not None and self._history[0] == (start, end):
             return self._history[1]
-        if self._real is None:
-            index = np.tile(np.arange(start, end), (self.batch, 1))
-            stored = index >= self._kept_from[:, None]
-        else:
-            index = self._real.cumsum(1)[:, start:end] - 1
-            stored = self._real[:, start:end] & (index >= self._kept_from[:, None])
-        slots = torch.from_numpy(self._slots_of(index, stored, 0)).to(self.device)
+        slots = torch.from_numpy(self.slots_of(*self.counts.indices(start, end))).to(self.device)
         self._history = ((start, end), slots)
         return slots
-
-    def visible_total(self, rows: BoolArray | None = None) -> int:
-        """Tokens the queries of the last pass may see, summed over the rows (or some of them).
-
-        Not while the cache is preallocated.
-        """
-        if rows is None and self._visible is not None:
-            return self._visible  # the layers of a pass ask one after another
-        lens = self._host_lens
-        lens = lens if self.window is None else np.minimum(lens, self.window)
-        if rows is not None:
-            return int(lens[rows].sum())
-        self._visible = int(lens.sum())
-        return self._visible
-
-    @property
-    def longest(self) -> int:
-        """Stored tokens of the longest row; not while the cache is preallocated."""
-        if self._longest is None:
-            self._longest = int(self._host_lens.max(initial=0))
-        return self._longest
 
     # ---------------------------------------------------------------- key codes
 
@@ -312,10 +243,8 @@ class PageTable:
             )
         if self.codes is None:
             require_guided_device(self.device)
-            self.codes = CodeTable(
-                self.pages.budget, self.pages.num_layers, self.device, self.batch
-            )
-            self._publish()
+            self.codes = CodeTable(self.pages, self.page_size, self.batch)
+            self.codes.publish()
 
     def cover_codes(self) -> None:
         """Gives code pages to all complete groups that have none.
@@ -324,14 +253,11 @@ class PageTable:
             CacheMemoryError: The limit does not allow it. Nothing has changed then.
         """
         assert self.codes is not None
-        lens = np.full(self.batch, self.static_len) if self.static_len else self._lens
+        lens = np.full(self.batch, self.static_len) if self.static_len else self.counts.lens
         if self.codes.grow(None, lens.astype(np.int64)):
-            self._publish()
-
-    @property
-    def keys_were_written(self) -> bool:
-        """Whether PyTorch has counted writes to keys since the codes were made."""
-        return any(storage.foreign_writes for storage in self.pages.storages)
+            self.codes.publish()
+        if self.static is not None and self.codes.coded_lens is None:
+            self.codes.begin_static(self.seq_lens)
 
     def renew_codes(self) -> None:
         """Makes all key codes void, after keys were changed by others; accepts these keys.
@@ -340,13 +266,8 @@ class PageTable:
             CacheMemoryError: Rows shared code pages, and the limit does not allow one for each.
         """
         assert self.codes is not None
-        self.codes.renew(self._host_lens.astype(np.int64))
-        self._accept_keys()
-        self._publish()
-
-    def _accept_keys(self) -> None:
-        for storage in self.pages.storages:
-            storage.foreign_writes = 0
+        self.codes.renew(self.counts.known_lens.astype(np.int64))
+        self.codes.publish()
 
     # ---------------------------------------------------------------- editing
 
@@ -357,27 +278,13 @@ class PageTable:
             ValueError: ``tokens`` is negative or more than there are.
             RuntimeError: A window has already dropped tokens that would be visible again.
         """
-        if not 0 <= tokens <= self.padded_len:
-            raise ValueError(f"can crop 0 to {self.padded_len} tokens, got {tokens}")
-        end = self.padded_len - tokens
-        removed = tokens if self._real is None else self._real[:, end:].sum(1)
-        lens = self._lens.astype(np.int64) - removed
-        if self.window is not None and tokens > 0:
-            needed = np.maximum(0, lens + 1 - self.window)
-            if (self._kept_from > needed).any():
-                raise RuntimeError(
-                    f"cannot crop {tokens} tokens: the sliding window of {self.window} has dropped "
-                    "tokens that would be visible again; call activate_past_recording() first"
-                )
-        if self._real is not None:
-            self._real = self._real[:, :end]
-        self._lens[:] = lens
+        self.counts.crop(tokens)
+        lens = self.counts.lens.astype(np.int64)
         self.pages.truncate(-(-lens // self.page_size))
         if self.codes is not None:
             self.codes.truncate(lens)
-        self.padded_len = end
         if self.record_past:
-            self._drop_invisible(lens)
+            self._drop_invisible()
         self._changed()
         self._publish()
 
@@ -388,8 +295,7 @@ class PageTable:
         self.pages.select(rows)
         if self.codes is not None:
             self.codes.select(rows)
-        self._lens, self._kept_from = self._lens[rows], self._kept_from[rows]
-        self._real = None if self._real is None else self._real[rows]
+        self.counts.select(rows)
         self._changed()
         self._publish()
 
@@ -408,7 +314,7 @@ class PageTable:
         clone = object.__new__(type(self))
         vars(clone).update(vars(self))
         memo[id(self)] = clone
-        for name in ("pages", "codes", "_lens", "_kept_from", "_real"):
+        for name in ("counts", "pages", "codes"):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.block_table, clone.seq_lens = self.block_table.clone(), self.seq_lens.clone()
         clone._changed()
@@ -443,10 +349,10 @@ class PageTable:
                 f"{length}: pass a larger max_length"
             )
         page, end = self.page_size, np.full(self.batch, length)
-        drop = None if self.record_past else self._invisible(lens) // page
+        drop = None if self.record_past else self.counts.invisible(lens) // page
         needed = self.pages.bytes_to_grow(-(-end // page), lens // page, drop)
         if self.codes is not None:
-            needed += self.codes.bytes_to_grow(end, renewed=self.keys_were_written)
+            needed += self.codes.bytes_to_grow(end, renewed=self.codes.keys_were_written)
         return needed
 
     @torch.inference_mode(False)
@@ -458,11 +364,11 @@ class PageTable:
             ValueError: The table is empty or already longer.
         """
         self.pages.budget.check(self.bytes_to_preallocate(length), self.device)
-        if self.codes is not None and self.keys_were_written:
+        if self.codes is not None and self.codes.keys_were_written:
             self.renew_codes()
-        before = self._lens.astype(np.int64)
+        before = self.counts.lens.astype(np.int64)
         if not self.record_past:
-            self._drop_invisible(before)
+            self._drop_invisible()
         page = self.page_size
         end = np.full(self.batch, -(-length // page))
         self.pages.make_room(np.zeros_like(before), end, before // page)
@@ -473,10 +379,11 @@ class PageTable:
         self._make_static(length, self.padded_len)
 
     def _make_static(self, length: int, padded_len: int) -> None:
-        tensors = self.block_table, self.seq_lens
-        self.static = StaticLengths(length, self.page_size, padded_len, self._real, *tensors)
+        of_rows = self.counts.real, self.block_table, self.seq_lens
+        self.static = StaticLengths(length, self.page_size, padded_len, *of_rows)
+        self.counts.static_len = length
         if self.codes is not None:
-            self.codes.coded_lens = self.seq_lens.clone()
+            self.codes.begin_static(self.seq_lens)
         self.static.mark_addresses(self.pages.storages, self.codes)
 
     def leave_static(self) -> None:
@@ -484,10 +391,8 @@ class PageTable:
         if self.static is None:
             return
         new = int(self.static.padded_len) - self.padded_len
-        self._append_real(new, None)
-        self._lens[:] = self.seq_lens.cpu().numpy()
-        self.padded_len += new
-        self.static = None
+        self.counts.append(self.seq_lens.cpu().numpy(), new, None)
+        self.static, self.counts.static_len = None, 0
         if self.codes is not None:
-            self.codes.truncate(self._lens.astype(np.int64))
+            self.codes.truncate(self.counts.lens.astype(np.int64))
         self._changed()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from art_torch.guided import GROUP_TOKENS, key_code_bytes, require_guided_device
 from art_torch.page_map import IntArray, PageMap
-from art_torch.page_storage import GrowingPool, MemoryBudget, reserve, view
+from art_torch.page_storage import GrowingPool, PageStorage, reserve, view
 
 __all__ = ["CodeStorage", "CodeTable"]
 
@@ -66,9 +66,8 @@ class CodeTable:
     """Where the codes of each 64 tokens are; beside a :class:`~art_torch.cache.PageTable`.
 
     Args:
-        budget: The memory limit, shared with keys and values.
-        num_layers: Layers that share the table, for the accounting of memory.
-        device: Where the codes live.
+        keys: The pages of the keys; codes share their memory limit and device.
+        page_size: Tokens of one.
         rows: Sequences.
 
     Attributes:
@@ -78,10 +77,9 @@ class CodeTable:
             preallocated cache always); None if there is nothing new to encode.
     """
 
-    def __init__(
-        self, budget: MemoryBudget, num_layers: int, device: torch.device, rows: int
-    ) -> None:
-        self.groups: PageMap[CodeStorage] = PageMap(budget, num_layers, device)
+    def __init__(self, keys: PageMap[PageStorage], page_size: int, rows: int) -> None:
+        self.keys, self.page_size = keys, page_size
+        self.groups: PageMap[CodeStorage] = PageMap(keys.budget, keys.num_layers, keys.device)
         self.reset(rows)
 
     def reset(self, rows: int) -> None:
@@ -89,6 +87,16 @@ class CodeTable:
         self.groups.reset(rows)
         self.coded_lens: Tensor | None = None
         self.code_table = torch.from_numpy(self.groups.table)
+        self._accept_keys()
+
+    @property
+    def keys_were_written(self) -> bool:
+        """Whether PyTorch has counted writes to keys since the codes were made."""
+        return any(storage.foreign_writes for storage in self.keys.storages)
+
+    def _accept_keys(self) -> None:
+        for storage in self.keys.storages:
+            storage.foreign_writes = 0
 
     def bytes_to_grow(self, lens: IntArray, renewed: bool = False) -> int:
         """Bytes that :meth:`grow` would claim, for rows of these lengths, int64 ``[rows]``.
@@ -128,6 +136,15 @@ class CodeTable:
             self.coded_lens = torch.from_numpy(before.astype(np.int32)).to(self.groups.device)
         return changed
 
+    @torch.inference_mode(False)  # made inside of it, it could not be written to outside
+    def begin_static(self, seq_lens: Tensor) -> None:
+        """Makes ``coded_lens`` a tensor that steps of a preallocated cache write to.
+
+        Args:
+            seq_lens: int32 ``[rows]``, the lengths that these steps count up.
+        """
+        self.coded_lens = seq_lens.clone()
+
     def truncate(self, lens: IntArray) -> None:
         """Lets go of the groups that are not complete in these lengths, int64 ``[rows]``."""
         self.coded_lens = None
@@ -139,20 +156,21 @@ class CodeTable:
         self.groups.select(rows)
 
     def renew(self, lens: IntArray) -> None:
-        """Makes all codes void; rows no longer share code pages, for their keys may differ."""
+        """Makes all codes void, after keys were changed by others; accepts these keys.
+
+        Rows no longer share code pages, for their keys may differ.
+        """
         self.truncate(np.zeros_like(lens))
         self.grow(None, lens)
         for storage in self.groups.storages:
             storage.is_void = True
+        self._accept_keys()
 
-    def publish(self, capacity: int) -> None:
-        """Brings ``code_table`` up to date.
-
-        Args:
-            capacity: Tokens a row of the block table has room for; operators want an entry for
-                each of its groups.
-        """
-        self.groups.widen(capacity // GROUP_TOKENS)
+    @torch.inference_mode(False)  # made inside of it, the table could not be written to outside
+    def publish(self) -> None:
+        """Brings ``code_table`` up to date."""
+        # Operators want an entry for each group that a row of the block table has room for.
+        self.groups.widen(self.keys.table.shape[1] * self.page_size // GROUP_TOKENS)
         table, device = self.groups.table, self.groups.device
         if device.type == "cpu":  # the tensor shares the memory of the array
             self.code_table = torch.from_numpy(table)
@@ -165,6 +183,7 @@ class CodeTable:
     def __deepcopy__(self, memo: dict[int, Any]) -> CodeTable:
         clone = copy.copy(self)
         memo[id(self)] = clone
+        clone.keys = copy.deepcopy(self.keys, memo)
         clone.groups = copy.deepcopy(self.groups, memo)
         clone.code_table = self.code_table.clone()
         clone.coded_lens = None

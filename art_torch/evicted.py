@@ -52,8 +52,8 @@ class EvictedTable(PageTable):
         """
         rows, candidates = kept.shape
         step = self.begin_step(rows, candidates, kept)
-        self._real, self._prompt_real = None, real
-        self.padded_len = self.prompt_tokens = tokens
+        self.counts.replace_pads(tokens)
+        self._prompt_real, self.prompt_tokens = real, tokens
         return step
 
     @property
@@ -71,21 +71,21 @@ class EvictedTable(PageTable):
         if not self.has_pads:
             return None
         real = np.ones((self.sequences, self.padded_len), np.bool_)
-        if self._real is not None:
-            real[:] = self._real[:: self.num_kv_heads]
+        if self.counts.real is not None:
+            real[:] = self.counts.real[:: self.num_kv_heads]
         if self._prompt_real is not None:
             real[:, : self.prompt_tokens] = self._prompt_real
         return real[:, start:end]
 
     def stored_slots(self) -> tuple[IntArray, BoolArray]:
         """Slots of all stored tokens, ``[rows, longest]`` each, and which of them are tokens."""
-        index = np.tile(np.arange(self.longest), (self.batch, 1))
-        stored = index < self._lens[:, None]
-        return self._slots_of(index, stored, 0), stored
+        index = np.tile(np.arange(self.counts.longest), (self.batch, 1))
+        stored = index < self.counts.lens[:, None]
+        return self.slots_of(index, stored), stored
 
     def present_per_head(self, rows: BoolArray | None = None) -> IntArray:
         """Stored tokens, int64 ``[num_kv_heads]``, summed over the sequences (or some of them)."""
-        lens = self._lens.reshape(-1, self.num_kv_heads)
+        lens = self.counts.lens.reshape(-1, self.num_kv_heads)
         total: IntArray = (lens if rows is None else lens[rows]).sum(0, dtype=np.int64)
         return total
 

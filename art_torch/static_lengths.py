@@ -128,9 +128,7 @@ class StaticLengths:
         # In place: a recorded graph writes to the tensors that it was recorded with.
         self.slots.copy_(page * self._page_size + position % self._page_size)
         if codes is not None:
-            if codes.coded_lens is None:
-                codes.coded_lens = self._seq_lens.clone()
-            else:
-                codes.coded_lens.copy_(self._seq_lens)
+            assert codes.coded_lens is not None
+            codes.coded_lens.copy_(self._seq_lens)
         self._seq_lens.add_(1)
         self.padded_len.add_(1)

@@ -311,7 +311,7 @@ def test_lengths_as_tensors():
             )
         model.rows = [torch.cat([row, new[i : i + 1]]) for i, row in enumerate(model.rows)]
     assert int(model.table.static.padded_len) == 50
-    for ask in (lambda: model.table.longest, model.table.visible_total):
+    for ask in (lambda: model.table.counts.longest, model.table.counts.visible_total):
         with pytest.raises(RuntimeError, match=r"preallocated for 50 tokens .* read seq_lens"):
             ask()
     model.table.leave_static()

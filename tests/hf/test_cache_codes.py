@@ -54,7 +54,7 @@ class Driven:
     def check(self) -> None:
         """Codes written step by step equal those of the whole cache, made at once."""
         table = self.table
-        assert table.static_len or table.longest == int(table.seq_lens.max())
+        assert table.static_len or table.counts.longest == int(table.seq_lens.max())
         for layer in self.cache.layers:
             codes = layer.guided_arguments()
             rows, groups = codes["code_table"].shape
@@ -112,7 +112,7 @@ def action(draw, driven: Driven) -> None:
         steps, more = draw(st.integers(0, 70)), draw(st.integers(0, 70))
         if draw(st.booleans()):
             driven.write(draw(pages_of(table)))
-        cache.preallocate(table.longest + steps + more + draw(st.integers(0, 100)))
+        cache.preallocate(table.counts.longest + steps + more + draw(st.integers(0, 100)))
         for _ in range(steps):
             driven.append(batch, 1)
         if draw(st.booleans()):
@@ -401,7 +401,7 @@ def test_preallocation_needs_room_for_renewed_codes():
     budget.max_bytes = budget.used_bytes + needed - 1
     with pytest.raises(CacheMemoryError):
         driven.cache.preallocate(300)
-    assert table.keys_were_written
+    assert table.codes.keys_were_written
     budget.max_bytes += 1
     driven.cache.preallocate(300)
     assert budget.used_bytes == budget.max_bytes

@@ -126,7 +126,7 @@ def test_turns_of_the_guided_walk():
         cache = fixed(model, 300)
         assert torch.equal(talk(cache, **compiling()), expected)
         # PyTorch counts copies of compiled steps, and others' writes would look the same.
-        assert cache.tables[0].keys_were_written
+        assert cache.tables[0].codes.keys_were_written
     assert_one_graph()
 
 

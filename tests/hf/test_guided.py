@@ -454,9 +454,9 @@ def test_one_graph(tiny, name):
         # are made anew.
         cache.crop(-1)
         table = cache.tables[0]
-        assert table.keys_were_written
+        assert table.codes.keys_were_written
         model(ids[:, :1], past_key_values=cache)
-        assert not table.keys_were_written
+        assert not table.codes.keys_were_written
         assert not any(storage.is_void for storage in table.codes.groups.storages)
         assert table.codes.groups.used.tolist() == (table.seq_lens // 64).tolist()
     torch._dynamo.reset()

@@ -304,7 +304,7 @@ def _decode_paged(
         if isinstance(table, EvictedTable):
             present: Present = table.present_per_head(rows)
         else:
-            present = table.visible_total(rows)
+            present = table.counts.visible_total(rows)
         settings.stats.add(settings.layer, result.tokens_read, present, rows)
     return result.out.unsqueeze(1), None
 

@@ -80,7 +80,7 @@ def plan_paged(settings: LayerSettings, layer: ARTLayer) -> dict[str, Any]:
     if _kv_bytes(layer) < settings.least_guided_bytes:
         note_unguided(settings)
         return plan | READ_ALL
-    if not layer.table.static_len and layer.table.longest < _PINNED_TOKENS:
+    if not layer.table.static_len and layer.table.counts.longest < _PINNED_TOKENS:
         # Nobody estimates what is left of this walk: ResidualMass has nothing to go by, or to do.
         return plan | _ALL_PINNED | {"criterion": rules_of(settings.criterion).stability}
     return plan | layer.guided_arguments()
@@ -153,5 +153,5 @@ def _kv_bytes(layer: ARTLayer) -> int:
     """Bytes of the keys and values that a step may read, by what the host knows."""
     table, storage = layer.table, layer.storage
     assert storage is not None  # the new tokens are in it
-    tokens = table.batch * (table.static_len or table.longest)
+    tokens = table.batch * (table.static_len or table.counts.longest)
     return tokens * storage.page_bytes // storage.page_size
