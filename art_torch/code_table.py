@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from art_torch.guided import GROUP_TOKENS, key_code_bytes, require_guided_device
+from art_torch.guided import GROUP_TOKENS, encode_keys, key_code_bytes, require_guided_device
 from art_torch.page_map import IntArray, PageMap
 from art_torch.page_storage import GrowingPool, PageStorage, reserve, view
 
@@ -61,6 +61,30 @@ class CodeStorage(GrowingPool):
         self.used_pages = num_pages
         self.key_codes = self._pools[0][:num_pages]
 
+    def encode(
+        self, keys: PageStorage, block_table: Tensor, seq_lens: Tensor, codes: CodeTable
+    ) -> None:
+        """Writes the codes of groups that the last pass completed, or of all if they are void.
+
+        Args:
+            keys: The keys of the layer.
+            block_table: int32 ``[rows, max_pages]``, where they are.
+            seq_lens: int32 ``[rows]``, how many there are.
+            codes: Where their codes go.
+        """
+        if codes.coded_lens is None and not self.is_void:
+            return
+        encode_keys(
+            keys.key_cache,
+            block_table,
+            seq_lens,
+            self.key_codes,
+            codes.code_table,
+            coded_lens=None if self.is_void else codes.coded_lens,
+            key_scale=keys.scales.get("key_scale"),
+        )
+        self.is_void = False
+
 
 class CodeTable:
     """Where the codes of each 64 tokens are; beside a :class:`~art_torch.cache.PageTable`.
@@ -97,6 +121,14 @@ class CodeTable:
     def _accept_keys(self) -> None:
         for storage in self.keys.storages:
             storage.foreign_writes = 0
+
+    def add_storage(self, keys: PageStorage) -> CodeStorage:
+        """Adds the codes of a layer with these keys; the groups need a page each then."""
+        heads, dim, device = keys.num_kv_heads, keys.head_dim, keys.device
+        return self.groups.add_storage(
+            lambda max_pages: CodeStorage(heads, dim, device, max_pages),
+            heads * key_code_bytes(dim),
+        )
 
     def bytes_to_grow(self, lens: IntArray, renewed: bool = False) -> int:
         """Bytes that :meth:`grow` would claim, for rows of these lengths, int64 ``[rows]``.

@@ -7,12 +7,40 @@ whose stride between heads is 0.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from art_torch.cache import BoolArray, MemoryBudget, PageTable, Step
 from art_torch.page_map import IntArray
+from art_torch.page_storage import PageStorage
 
-__all__ = ["EvictedTable"]
+__all__ = ["EvictedTable", "Prompt"]
+
+# Which dimension of a pool counts its heads.
+_HEADS_OF_POOLS = {
+    "key_cache": 2,
+    "value_cache": 2,
+    "key_scale": 2,
+    "value_scale": 2,
+    "key_codes": 1,
+}
+
+
+class Prompt(NamedTuple):
+    """A prompt that waits for what presses leave of it.
+
+    Attributes:
+        keys: ``[batch, num_kv_heads, tokens, head_dim]``.
+        values: ``[batch, num_kv_heads, tokens, value_dim]``.
+        real: bool ``[batch, tokens]``, False for a pad; None if there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    real: BoolArray | None
 
 
 class EvictedTable(PageTable):
@@ -77,11 +105,50 @@ class EvictedTable(PageTable):
             real[:, : self.prompt_tokens] = self._prompt_real
         return real[:, start:end]
 
-    def stored_slots(self) -> tuple[IntArray, BoolArray]:
-        """Slots of all stored tokens, ``[rows, longest]`` each, and which of them are tokens."""
+    def as_rows(
+        self, key: Tensor, value: Tensor, real: BoolArray | None
+    ) -> tuple[Tensor, Tensor, BoolArray | None]:
+        """New tokens of sequences as those of rows: a batch of rows with one head each.
+
+        Args:
+            key: ``[batch, num_kv_heads, tokens, head_dim]``.
+            value: ``[batch, num_kv_heads, tokens, value_dim]``.
+            real: bool ``[batch, tokens]``, False for a pad; None if there is none.
+        """
+        key, value = (new.flatten(0, 1).unsqueeze(1) for new in (key, value))
+        return key, value, None if real is None else real.repeat(self.num_kv_heads, axis=0)
+
+    def per_head(self, pages: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of one head and many rows as operators take them, with all heads; views.
+
+        Args:
+            pages: Pools ``[pages, ..., 1 head, ...]`` and tables ``[rows, ...]``, by the names that
+                :func:`art_torch.decode_attention` gives them.
+        """
+        heads = self.num_kv_heads
+        views = {}
+        for name, tensor in pages.items():
+            if name in _HEADS_OF_POOLS:
+                sizes = [-1] * tensor.dim()
+                sizes[_HEADS_OF_POOLS[name]] = heads
+                views[name] = tensor.expand(sizes)
+            else:
+                views[name] = tensor.unflatten(0, (-1, heads))
+        return views
+
+    def gather(self, storage: PageStorage) -> tuple[Tensor, Tensor, Tensor]:
+        """All that is stored, dense.
+
+        Returns:
+            Keys ``[batch, num_kv_heads, longest, head_dim]``, values, and bool
+            ``[batch, num_kv_heads, longest]``, False where a head has no token.
+        """
         index = np.tile(np.arange(self.counts.longest), (self.batch, 1))
         stored = index < self.counts.lens[:, None]
-        return self.slots_of(index, stored), stored
+        slots = torch.from_numpy(self.slots_of(index, stored)).to(storage.device)
+        heads = (-1, self.num_kv_heads)
+        keys, values = (part[:, 0].unflatten(0, heads) for part in storage.gather(slots))
+        return keys, values, torch.from_numpy(stored).to(storage.device).unflatten(0, heads)
 
     def present_per_head(self, rows: BoolArray | None = None) -> IntArray:
         """Stored tokens, int64 ``[num_kv_heads]``, summed over the sequences (or some of them)."""

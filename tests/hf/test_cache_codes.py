@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import TINY
 
 import art_torch
-from art_torch import encode_keys, key_code_bytes
+from art_torch import code_table, encode_keys, key_code_bytes
 from art_torch.cache import CacheMemoryError
 from art_torch.code_table import CodeStorage, CodeTable
 
@@ -191,10 +191,8 @@ def test_a_shared_record_is_not_written_to():
 
 
 def test_steps_between_groups_write_nothing(monkeypatch):
-    from art_torch.integrations.transformers import layer
-
     calls = []
-    monkeypatch.setattr(layer, "encode_keys", lambda *args, **_: calls.append(args))
+    monkeypatch.setattr(code_table, "encode_keys", lambda *args, **_: calls.append(args))
     driven = Driven()
     driven.append(1, 100)
     assert len(calls) == FULL_LAYERS

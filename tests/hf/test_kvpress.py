@@ -276,7 +276,8 @@ def test_walks_go_by_the_order_of_the_text(dtype):
         with press_of("snapkv")(model):
             model(ids, past_key_values=caches[1])
     all_keys = caches[0].layers[1].history()[0]
-    left, _, stored = caches[1].layers[1].stored()
+    layer = caches[1].layers[1]
+    left, _, stored = layer.table.gather(layer.storage)
     assert stored.all()
     for head in range(HEADS):
         place = [(all_keys[0, head] == key).all(1).nonzero().item() for key in left[0, head]]

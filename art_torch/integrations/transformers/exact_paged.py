@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from art_torch.evicted import EvictedTable, Prompt
 from art_torch.integrations.transformers.exact import causal_mask, exact_attention
-from art_torch.integrations.transformers.layer import ARTLayer, Prompt
+from art_torch.integrations.transformers.layer import ARTLayer
 from art_torch.integrations.transformers.masks import info_of
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ def _after_eviction(
             "prompt, followed by ones"
         )
     info, queries = info_of(mask), query.shape[2]
-    past_key, past_value, stored = layer.stored()
+    assert isinstance(layer.table, EvictedTable)
+    assert layer.storage is not None
+    past_key, past_value, stored = layer.table.gather(layer.storage)
     layer.append(*new, None if info is None else info.real_tokens())
     own_part = causal_mask(queries, queries, None, query.device)
     if mask is not None:

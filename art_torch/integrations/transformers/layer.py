@@ -9,40 +9,24 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from art_torch.cache import BoolArray, CacheMemoryError, PageTable, Step
 from art_torch.code_table import CodeStorage
-from art_torch.evicted import EvictedTable
-from art_torch.guided import encode_keys, key_code_bytes
+from art_torch.evicted import EvictedTable, Prompt
 from art_torch.integrations.transformers.fits import check_dtype, check_fits, fits_dtype
 from art_torch.integrations.transformers.masks import NO_KEYS
 from art_torch.integrations.transformers.new_keys import NewKeys
 from art_torch.ops import append_kv
 from art_torch.page_storage import PageStorage
 
-__all__ = ["ARTLayer", "Prompt"]
+__all__ = ["ARTLayer"]
 
 _INTERRUPTED_PRESS = (
     "a press did not finish with the prompt of this ARTCache: reset() the cache and run the prompt "
     "again"
 )
-
-
-class Prompt(NamedTuple):
-    """A prompt that waits for what presses leave of it.
-
-    Attributes:
-        keys: ``[batch, num_kv_heads, tokens, head_dim]``.
-        values: ``[batch, num_kv_heads, tokens, value_dim]``.
-        real: bool ``[batch, tokens]``, False for a pad; None if there is none.
-    """
-
-    keys: Tensor
-    values: Tensor
-    real: BoolArray | None
 
 
 class _Place(NamedTuple):
@@ -168,8 +152,7 @@ class ARTLayer(CacheLayerMixin):
         """
         table = self.table
         if isinstance(table, EvictedTable):
-            key, value = (new.flatten(0, 1).unsqueeze(1) for new in (key, value))
-            real = None if real is None else real.repeat(table.num_kv_heads, axis=0)
+            key, value, real = table.as_rows(key, value, real)
         if (static := table.static) is not None:
             check_dtype(self.storage, key)
             if key.shape[2] != 1:
@@ -241,16 +224,7 @@ class ARTLayer(CacheLayerMixin):
             "seq_lens": table.seq_lens,
             **storage.scales,
         }
-        if not isinstance(table, EvictedTable):
-            return pages
-        heads = table.num_kv_heads
-        for name in ("key_cache", "value_cache"):
-            pages[name] = pages[name].expand(-1, -1, heads, -1)
-        for name in storage.scales:
-            pages[name] = pages[name].expand(-1, -1, heads)
-        for name in ("block_table", "seq_lens"):
-            pages[name] = pages[name].unflatten(0, (-1, heads))
-        return pages
+        return table.per_head(pages) if isinstance(table, EvictedTable) else pages
 
     # ---------------------------------------------------------------- presses
 
@@ -281,8 +255,7 @@ class ARTLayer(CacheLayerMixin):
         step = table.begin_prompt(rows, prompt.keys.shape[2], prompt.real)
         self._before_eviction = _Place(shared, self.storage, self.codes)
         self._move(_Place(table, storage, None))
-        keys, values = (left.flatten(0, 1).unsqueeze(1) for left in (keys, values))
-        self._write(keys, values, step.slots)
+        self._write(*table.as_rows(keys, values, None)[:2], step.slots)
         self.prompt, self.padded_len = None, table.padded_len
         self.is_initialized = True
         if shared.codes is not None:
@@ -299,21 +272,6 @@ class ARTLayer(CacheLayerMixin):
             self._move(self._before_eviction)
             self._before_eviction = None
             self.is_initialized = self.storage is not None
-
-    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All that is stored after a press, dense.
-
-        Returns:
-            Keys ``[batch, num_kv_heads, longest, head_dim]``, values, and bool
-            ``[batch, num_kv_heads, longest]``, False where a head has no token.
-        """
-        table, storage = self.table, self.storage
-        assert isinstance(table, EvictedTable)
-        assert storage is not None
-        slots, is_token = (torch.from_numpy(a).to(storage.device) for a in table.stored_slots())
-        heads = (-1, table.num_kv_heads)
-        keys, values = (part[:, 0].unflatten(0, heads) for part in storage.gather(slots))
-        return keys, values, is_token.unflatten(0, heads)
 
     # ---------------------------------------------------------------- key codes
 
@@ -351,22 +309,16 @@ class ARTLayer(CacheLayerMixin):
         if not self.table.static_len and self.storage.foreign_writes:
             self.table.renew_codes()
         self.write_void_codes()
-        records, groups = self.codes.key_codes, codes.code_table
-        if isinstance(self.table, EvictedTable):
-            heads = self.table.num_kv_heads
-            records, groups = records.expand(-1, heads, -1), groups.unflatten(0, (-1, heads))
-        return {"key_codes": records, "code_table": groups}
+        arguments = {"key_codes": self.codes.key_codes, "code_table": codes.code_table}
+        table = self.table
+        return table.per_head(arguments) if isinstance(table, EvictedTable) else arguments
 
     def _join_codes(self) -> None:
         """Makes room for codes, if the table has them and the layer has keys."""
         table, storage = self.table, self.storage
         if table.codes is None or self.codes is not None or storage is None:
             return
-        heads, dim, device = storage.num_kv_heads, storage.head_dim, storage.device
-        self.codes = table.codes.groups.add_storage(
-            lambda max_pages: CodeStorage(heads, dim, device, max_pages),
-            heads * key_code_bytes(dim),
-        )
+        self.codes = table.codes.add_storage(storage)
         table.cover_codes()
 
     def write_void_codes(self) -> None:
@@ -376,25 +328,12 @@ class ARTLayer(CacheLayerMixin):
 
     def _encode(self) -> None:
         """Writes the codes of groups that the last pass completed, or of all if they are void."""
-        codes = self.table.codes
-        if codes is None:
+        table = self.table
+        if table.codes is None:
             return
-        storage = self.storage
-        assert storage is not None
+        assert self.storage is not None
         assert self.codes is not None
-        coded_lens = None if self.codes.is_void else codes.coded_lens
-        if coded_lens is None and not self.codes.is_void:
-            return
-        encode_keys(
-            storage.key_cache,
-            self.table.block_table,
-            self.table.seq_lens,
-            self.codes.key_codes,
-            codes.code_table,
-            coded_lens=coded_lens,
-            key_scale=storage.scales.get("key_scale"),
-        )
-        self.codes.is_void = False
+        self.codes.encode(self.storage, table.block_table, table.seq_lens, table.codes)
 
     # ---------------------------------------------------------------- what transformers asks
 

@@ -19,7 +19,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticLayer
 
-from art_torch.integrations.transformers.layer import ARTLayer, Prompt
+from art_torch.evicted import Prompt
+from art_torch.integrations.transformers.layer import ARTLayer
 
 if TYPE_CHECKING:
     from art_torch.integrations.transformers.attention import LayerSettings
