@@ -38,6 +38,24 @@ def tiny() -> Callable[[str], PreTrainedModel]:
     return get
 
 
+@pytest.fixture(scope="session")
+def tiny_on_gpu() -> Callable[[str], PreTrainedModel]:
+    """Tiny random models by name on the GPU, float32 and eager, each built once."""
+    built: dict[str, PreTrainedModel] = {}
+
+    def get(name: str) -> PreTrainedModel:
+        if name not in built:
+            model = build(name)
+            if hasattr(model, "_can_set_experts_implementation") and (
+                model._can_set_experts_implementation()
+            ):
+                model.set_experts_implementation("eager")
+            built[name] = model.to("cuda")
+        return built[name]
+
+    return get
+
+
 @pytest.fixture(params=sorted(TINY))
 def any_tiny(request: pytest.FixtureRequest, tiny: Callable[[str], PreTrainedModel]):
     return tiny(request.param)

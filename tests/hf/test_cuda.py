@@ -9,13 +9,13 @@ import test_art_cache
 import test_art_on
 import test_exact
 import test_guided
+import test_guided_mass
 import torch
 from cases import Inputs
 from contract import Tally, check
 from test_art_on import CRITERION, SIZES
 from test_exact import assert_same, cache_of, generate
 from tiny_models import LAYERS, SHARING, TINY
-from tiny_models import build as build_on_cpu
 from tiny_models import prompt as prompt_on_cpu
 from transformers import AutoModelForCausalLM
 
@@ -36,24 +36,6 @@ FEW = ("llama", "gemma2", "gpt_oss")
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch, no_hang):
     monkeypatch.delenv("ART_CHECKED", raising=False)
-
-
-@pytest.fixture(scope="session")
-def tiny_on_gpu():
-    """Tiny random models by name on the GPU, float32 and eager, each built once."""
-    built = {}
-
-    def get(name):
-        if name not in built:
-            model = build_on_cpu(name)
-            if hasattr(model, "_can_set_experts_implementation") and (
-                model._can_set_experts_implementation()
-            ):
-                model.set_experts_implementation("eager")
-            built[name] = model.to(GPU)
-        return built[name]
-
-    return get
 
 
 def prompt(*args, **kwargs):
@@ -156,7 +138,7 @@ OF_ONE_MODEL = [
     (test_guided.test_a_cache_that_is_there_already, {}),
     (test_guided.test_keys_written_by_others, {}),
     (test_guided.test_exact_layers_take_no_codes, {}),
-    (test_guided.test_measured_mass, {}),
+    (test_guided_mass.test_measured_mass, {}),
     *((test_exact.test_layers_that_share_keys, {"name": name, "kind": kind})
       for name in sorted(SHARING) for kind in ("art", "dynamic")),
 ]  # fmt: skip
@@ -169,7 +151,7 @@ def case_id(case):
 @pytest.fixture
 def on_the_gpu(monkeypatch):
     """Tests of other files work with tensors on the GPU."""
-    for module in (test_exact, test_art_cache, test_art_on, test_guided):
+    for module in (test_exact, test_art_cache, test_art_on, test_guided, test_guided_mass):
         monkeypatch.setattr(module, "prompt", prompt)
 
 
@@ -336,77 +318,3 @@ def test_stats_can_be_shown(tiny_on_gpu, tmp_path, capsys):
     steps, present = handle.stats.per_step(0)
     assert steps.shape == (3, 2)
     assert present.tolist() == [2 * n for n in (301, 302, 303)]
-
-
-@pytest.mark.parametrize("walk", ["sink_recent", "guided"])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_a_decode_step_in_a_cuda_graph(name, walk, tiny_on_gpu):
-    """On a preallocated cache a step waits for nothing, so it can be recorded and replayed."""
-    model, tokens = tiny_on_gpu(name), prompt(2, 12, seed=3)
-    sizes = {"block_size": 16} if walk == "guided" else SIZES
-    sizes |= {"exact_where_faster": False}
-    with art_torch.patch(model, CRITERION, walk=walk, **sizes) as handle:
-
-        def filled():
-            cache = art_torch.ARTCache(model.config)
-            model(prompt(2, 300), past_key_values=cache)
-            cache.preallocate(400)
-            return cache
-
-        def step(cache, token, position):
-            return model(token, position_ids=position, past_key_values=cache).logits
-
-        cache, expected = filled(), []
-        for i in range(12):
-            position = torch.full((2, 1), 300 + i, device=GPU)
-            expected.append(step(cache, tokens[:, i : i + 1], position))
-        read = handle.stats.tokens_read()
-        handle.stats.reset()
-
-        cache = filled()
-        token, position = tokens[:, :1].clone(), torch.full((2, 1), 300, device=GPU)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        got = []
-        with torch.cuda.stream(side):  # the first three steps warm up
-            for i in range(3):
-                token.copy_(tokens[:, i : i + 1])
-                got.append(step(cache, token, position))
-                position.add_(1)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step(cache, token, position)
-        for i in range(3, 12):
-            token.copy_(tokens[:, i : i + 1])
-            graph.replay()
-            got.append(logits.clone())
-            position.add_(1)
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-        assert torch.equal(handle.stats.tokens_read(), read)
-        assert handle.stats.steps == 12
-        assert cache.get_seq_length() == 312
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_a_compiled_step(name, tiny_on_gpu):
-    model, tokens = tiny_on_gpu(name), prompt(2, 6, seed=3)
-    torch._dynamo.reset()
-    with art_torch.patch(model, CRITERION, **SIZES):
-        results = []
-        for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-            cache = art_torch.ARTCache(model.config)
-            model(prompt(2, 300), past_key_values=cache)
-            cache.preallocate(320)
-            logits = [
-                call(
-                    input_ids=tokens[:, i : i + 1],
-                    position_ids=torch.full((2, 1), 300 + i, device=GPU),
-                    past_key_values=cache,
-                ).logits
-                for i in range(6)
-            ]
-            results.append(torch.cat(logits, 1))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-3)
-    torch._dynamo.reset()

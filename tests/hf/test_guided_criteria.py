@@ -9,11 +9,11 @@ from test_guided import (
     RULE,
     GuidedRecorder,
     assert_full_layers_stop,
-    decode,
     full_layers,
     guided,
     padded_batch,
 )
+from test_guided_limits import decode
 from tiny_models import LAYERS, prompt
 from torch._dynamo.testing import CompileCounterWithBackend
 
