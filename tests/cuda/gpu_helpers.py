@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from cases import Inputs
+from coded import call_guided, code_arguments
 from contract import Tally, check
 
-from art_torch import Stability, decode_attention, reference
+from art_torch import Stability, decode_attention, encode_keys, guided_walk, reference
 from art_torch._decode_arguments import checked_rules, criterion_arguments, walk_arguments
 from art_torch.ops import DecodeResult
 
@@ -178,3 +179,15 @@ class Large:
 NEVER = Stability(0.0, 0.0, 10**6)
 EARLY = Stability()
 LATE = Stability(0.1, 5e-3, 20)
+
+
+def encoded(inputs):
+    """Codes of all complete groups, and a table for them."""
+    _, keys, _, table, lens = inputs.tensors
+    pool, code_table = code_arguments(inputs)
+    encode_keys(keys, table, lens, pool, code_table)
+    return pool, code_table
+
+
+def walk_of(inputs, codes):
+    return call_guided(guided_walk, inputs, codes)
