@@ -26,6 +26,7 @@ from art_torch._reference_codes import (
     of_head,
     record_bytes,
 )
+from art_torch._reference_logits import logits_of, visible_tokens
 from art_torch._reference_rows import dequantize
 
 SINK_UNITS = 4  # the first 64 tokens
@@ -131,21 +132,17 @@ def guided_walk(
         for h in range(num_kv_heads):
             heads = slice(h * group_size, (h + 1) * group_size)
             seq_len = int(of_head(seq_lens, b, h, 1))
-            window_start = 0 if sliding_window is None else seq_len - sliding_window
-            visible = range(max(start, window_start), seq_len)
+            visible = visible_tokens(seq_len, start, sliding_window)
             if not visible:
                 continue
             keys = _estimated_keys(
                 key_cache, of_head(block_table, b, h, 2), key_codes, of_head(code_table, b, h, 2),
                 visible, h,
             )  # fmt: skip
-            logits = query[b, heads].double().cpu() @ keys.T
-            logits *= 1.0 / math.sqrt(head_dim) if scale is None else scale
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            if alibi_slopes is not None:
-                distance = torch.tensor(visible) - (seq_len - 1)
-                logits = logits + alibi_slopes[heads, None].double().cpu() * distance
+            products = query[b, heads].double().cpu() @ keys.T
+            products *= 1.0 / math.sqrt(head_dim) if scale is None else scale
+            slopes = None if alibi_slopes is None else alibi_slopes[heads].double().cpu()
+            logits = logits_of(products, torch.tensor(visible), seq_len, softcap, slopes)
             sinks = None if attn_sinks is None else attn_sinks[heads].double().cpu()
             lse = unit_lse(logits, visible)
             scores = shares(lse, sinks)

@@ -44,6 +44,7 @@ from art_torch._reference_checks import (
 )
 from art_torch._reference_codes import decode_keys, encode_keys
 from art_torch._reference_guided import GuidedWalk, guided_walk
+from art_torch._reference_logits import logits_of, visible_tokens
 from art_torch._reference_rows import append_kv, dequantize, quantize
 from art_torch._reference_stops import (
     MARGIN,
@@ -235,12 +236,6 @@ def decode_attention(
     return ReferenceResult(out, lse, tokens_read, stop_block, trace, rests)
 
 
-def visible_tokens(seq_len: int, seq_start: int, sliding_window: int | None) -> range:
-    """Return the tokens that the query may attend to; the window counts the query's own token."""
-    window_start = 0 if sliding_window is None else seq_len - sliding_window
-    return range(max(seq_start, window_start), seq_len)
-
-
 def walk_order(name: str, visible: range, unit_size: int) -> list[int]:
     """Return the units of a built-in walk: all those with a visible token, each once."""
     check_walk_name(name)
@@ -317,11 +312,8 @@ class _Head:
         """Return the logits `[G, n]` and values `[n, Dv]` of n tokens, given by index."""
         page_size = self.keys.shape[1]
         page, slot = self.page_ids[tokens // page_size], tokens % page_size
-        logits = self.scale * self.query @ _exact(self.keys[page, slot]).T
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.slopes is not None:
-            logits = logits + self.slopes[:, None] * (tokens - (self.seq_len - 1))
+        products = self.scale * self.query @ _exact(self.keys[page, slot]).T
+        logits = logits_of(products, tokens, self.seq_len, self.softcap, self.slopes)
         return logits, _exact(self.values[page, slot])
 
 
