@@ -176,7 +176,7 @@ class PageTable:
         after = before + (tokens if real is None else real.sum(1))
         keep_from = np.zeros_like(before)
         if not self.record_past:
-            self._drop_invisible()
+            self._drop_invisible(before)
             keep_from = counts.first_needed(before, after)
         # A row that gets nothing writes nowhere: its range of entries is empty.
         write_from = np.where(after > before, before // page, self.pages.used)
@@ -192,17 +192,17 @@ class PageTable:
             self._publish()
         return self.step
 
-    def _drop_invisible(self) -> None:
-        """Hands back pages that the next queries cannot see."""
+    def _drop_invisible(self, lens: IntArray) -> None:
+        """Hands back pages that the next queries of rows of these lengths cannot see."""
         if self.window is None:
             return
-        first = self.counts.invisible(self.counts.lens.astype(np.int64))
+        first = self.counts.invisible(lens)
         self.pages.drop_before(first // self.page_size)
         self.counts.forget_before(first)
 
     def _new_slots(self, tokens: int, real: BoolArray | None, keep_from: IntArray) -> IntArray:
         if tokens == 1 and real is None:
-            entry, offset = np.divmod(self.counts.lens.astype(np.int64), self.page_size)
+            entry, offset = np.divmod(self.counts.lens, self.page_size)
             page = self.pages.table[np.arange(self.batch), entry]
             return page.astype(np.int64) * self.page_size + offset
         return self.slots_of(*self.counts.new_indices(tokens, real, keep_from), -1).reshape(-1)
@@ -284,7 +284,7 @@ class PageTable:
         if self.codes is not None:
             self.codes.truncate(lens)
         if self.record_past:
-            self._drop_invisible()
+            self._drop_invisible(lens)
         self._changed()
         self._publish()
 
@@ -368,7 +368,7 @@ class PageTable:
             self.renew_codes()
         before = self.counts.lens.astype(np.int64)
         if not self.record_past:
-            self._drop_invisible()
+            self._drop_invisible(before)
         page = self.page_size
         end = np.full(self.batch, -(-length // page))
         self.pages.make_room(np.zeros_like(before), end, before // page)
@@ -381,7 +381,7 @@ class PageTable:
     def _make_static(self, length: int, padded_len: int) -> None:
         of_rows = self.counts.real, self.block_table, self.seq_lens
         self.static = StaticLengths(length, self.page_size, padded_len, *of_rows)
-        self.counts.static_len = length
+        self.counts.begin_static(length)
         if self.codes is not None:
             self.codes.begin_static(self.seq_lens)
         self.static.mark_addresses(self.pages.storages, self.codes)
@@ -391,8 +391,8 @@ class PageTable:
         if self.static is None:
             return
         new = int(self.static.padded_len) - self.padded_len
-        self.counts.append(self.seq_lens.cpu().numpy(), new, None)
-        self.static, self.counts.static_len = None, 0
+        self.counts.end_static(self.seq_lens.cpu().numpy(), new)
+        self.static = None
         if self.codes is not None:
             self.codes.truncate(self.counts.lens.astype(np.int64))
         self._changed()

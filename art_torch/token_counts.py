@@ -96,7 +96,18 @@ class TokenCounts:
 
     def forget_before(self, first: IntArray) -> None:
         """Tokens before index ``first``, int64 ``[rows]``, are stored no more."""
-        self.kept_from = np.maximum(self.kept_from, np.minimum(first, self.lens))
+        if self.window is not None:  # or nothing is ever forgotten
+            self.kept_from = np.maximum(self.kept_from, first)
+
+    def begin_static(self, length: int) -> None:
+        """Leaves counting to tensors, for rows of up to this length."""
+        self.static_len = length
+        self._changed()
+
+    def end_static(self, lens: npt.NDArray[np.int32], tokens: int) -> None:
+        """Counts again, after so many tokens a row; ``lens`` are what the tensors say."""
+        self.static_len = 0
+        self.append(lens, tokens, None)
 
     def select(self, rows: IntArray) -> None:
         """Row i becomes the old row ``rows[i]``."""

@@ -300,6 +300,8 @@ def test_lengths_as_tensors():
     model.append(2, 30, pads=[[0, 1], []])
     model.table.select_rows(np.array([0, 1, 1]))
     model.rows = [model.rows[0], model.rows[1], model.rows[1]]
+    assert model.table.counts.longest == 30
+    assert model.table.counts.visible_total() == 28 + 30 + 30
     model.table.preallocate(50)
     for _ in range(20):
         model.table.static.advance(None)
