@@ -127,40 +127,65 @@ def append_arguments(device):
     }
 
 
+# name: (changed arguments, exception, the argument, what came)
 BAD_APPEND = {
-    "slot_too_large": ({"slot_mapping": torch.tensor([5, 144, 0])}, ValueError, "144"),
-    "slot_negative": ({"slot_mapping": torch.tensor([5, -2, 0])}, ValueError, "-2"),
+    "slot_too_large": (
+        {"slot_mapping": torch.tensor([5, 144, 0])}, ValueError, "slot_mapping must", "got 144",
+    ),
+    "slot_negative": (
+        {"slot_mapping": torch.tensor([5, -2, 0])}, ValueError, "slot_mapping must", "got -2",
+    ),
     "slots_per_head_too_large": (
         {"slot_mapping": torch.tensor([[5, 6], [-1, 999], [1, 2]])},
         ValueError,
-        "999",
+        "slot_mapping must",
+        "got 999",
     ),
-    "slots_int32": ({"slot_mapping": torch.tensor([5, 6, 7]).int()}, TypeError, "int32"),
-    "slots_length": ({"slot_mapping": torch.tensor([5, 6])}, ValueError, "2"),
-    "slots_heads": ({"slot_mapping": torch.tensor([[5], [6], [7]])}, ValueError, "slot_mapping"),
-    "slots_rank": ({"slot_mapping": torch.zeros(3, 2, 1).long()}, ValueError, "slot_mapping"),
-    "slots_scalar": ({"slot_mapping": torch.tensor(3)}, ValueError, "slot_mapping"),
-    "key_dtype": ({"key": torch.zeros(3, 2, 32).half()}, TypeError, "float16"),
-    "value_dtype": ({"value": torch.zeros(3, 2, 40).half()}, TypeError, "float16"),
-    "key_rank": ({"key": torch.zeros(3, 32)}, ValueError, "key"),
-    "key_heads": ({"key": torch.zeros(3, 3, 32)}, ValueError, "key"),
-    "value_dim": ({"value": torch.zeros(3, 2, 32)}, ValueError, "value"),
-    "value_tokens": ({"value": torch.zeros(4, 2, 40)}, ValueError, "value"),
-    "cache_rank": ({"key_cache": torch.zeros(9, 16, 32)}, ValueError, "key_cache"),
+    "slots_int32": (
+        {"slot_mapping": torch.tensor([5, 6, 7]).int()}, TypeError, "slot_mapping must", "int32",
+    ),
+    "slots_length": (
+        {"slot_mapping": torch.tensor([5, 6])}, ValueError, "key must", "got [3, 2, 32]",
+    ),
+    "slots_heads": (
+        {"slot_mapping": torch.tensor([[5], [6], [7]])},
+        ValueError,
+        "slot_mapping must",
+        "got [3, 1]",
+    ),
+    "slots_rank": (
+        {"slot_mapping": torch.zeros(3, 2, 1).long()},
+        ValueError,
+        "slot_mapping must",
+        "got [3, 2, 1]",
+    ),
+    "slots_scalar": (
+        {"slot_mapping": torch.tensor(3)}, ValueError, "slot_mapping must", "got []",
+    ),
+    "key_dtype": ({"key": torch.zeros(3, 2, 32).half()}, TypeError, "key must", "float16"),
+    "value_dtype": ({"value": torch.zeros(3, 2, 40).half()}, TypeError, "value must", "float16"),
+    "key_rank": ({"key": torch.zeros(3, 32)}, ValueError, "key must", "got [3, 32]"),
+    "key_heads": ({"key": torch.zeros(3, 3, 32)}, ValueError, "key must", "got [3, 3, 32]"),
+    "value_dim": ({"value": torch.zeros(3, 2, 32)}, ValueError, "value must", "got [3, 2, 32]"),
+    "value_tokens": ({"value": torch.zeros(4, 2, 40)}, ValueError, "value must", "got [4, 2, 40]"),
+    "cache_rank": (
+        {"key_cache": torch.zeros(9, 16, 32)}, ValueError, "key_cache must", "got [9, 16, 32]",
+    ),
     "cache_pages": (
         {"value_cache": torch.zeros(2, 16, 2, 40)},
         ValueError,
-        "value_cache",
+        "value_cache must",
+        "got [2, 16, 2, 40]",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_APPEND)
 def test_bad_append(name, device):
-    changes, kind, words = BAD_APPEND[name]
+    changes, kind, *words = BAD_APPEND[name]
     given = append_arguments(device) | {k: v.to(device) for k, v in changes.items()}
-    assert_refused(append_kv, given, kind, words)
-    assert_refused(reference.append_kv, given, kind, words)
+    assert_refused(append_kv, given, kind, *words)
+    assert_refused(reference.append_kv, given, kind, *words)
     assert (given["value_cache"] == (0 if "value_cache" in changes else 1)).all()
 
 
@@ -172,7 +197,7 @@ def test_where_it_was_found():
         ("slots_per_head_too_large", "got 999 for token 1, KV head 1"),
         ("key_dtype", "must be float32 like that of key_cache, got float16"),
     ):
-        changes, kind, _ = BAD_APPEND[name]
+        changes, kind, *_ = BAD_APPEND[name]
         with pytest.raises(kind, match=f"{end}$"):
             append_kv(**{**given, **changes})
 
