@@ -20,6 +20,8 @@ def test_bench_decode_runs(tmp_path):
     measured = json.loads(output.read_text())
     assert measured["device"]
     assert measured["simd"]
+    assert set(measured["call_us"]) == {"torch.ops.art", "art_torch"}
+    assert all(us > 0 for us in measured["call_us"].values())
     cases = list(dict.fromkeys(row["case"] for row in measured["rows"]))
     assert len(cases) == 9
     for case in cases:
@@ -27,7 +29,8 @@ def test_bench_decode_runs(tmp_path):
         fractions = ["art_half", "art_tenth"] if "_S2048" in case else []
         int8 = ["art_int8", "art_int8_never", "art_int8_half"] if "_f32" in case else []
         int8 = int8 if fractions else int8[:2]
-        ours = ["art_dense", "art_never", *fractions, *int8]
+        tokens_last = ["art_tokens_last"] if fractions and "_f16_" not in case else []
+        ours = ["art_dense", "art_never", *fractions, *int8, *tokens_last]
         assert list(rows) == [*ours, "sdpa_packed", "read"]
         if fractions:
             assert 2 * rows["art_half"]["bytes"] == rows["art_dense"]["bytes"]

@@ -233,9 +233,23 @@ def test_gpu_section_may_lack_results(make_tables, results):
     assert (
         "A plain read reaches 4,000 GB/s. A GPU; driver 580.0; torch 2.11.0; commit abc." in filled
     )
-    assert f"| `{LARGE}` | 200.0 | 210.0 fa2 | 0.952 | +1.0% | 1.20 | - | - | 98% | - |" in filled
+    assert f"| `{LARGE}` | 200.0 | 210.0 fa2 | 0.952 | +1.0% | 1.20 | - | - | - |" in filled
+    whole = f"| `{LARGE}` | 200.0 | 210.0 fa2 | 0.952 | +1.0% | 1.20 | - | - | 98% | - | - | - |"
+    assert whole in make_tables.gpu_table(GPU)
     assert f"| `{RAGGED}` | 90.0 | 95.0 xqa | 0.947 | - |" in filled
     assert make_tables.fill(filled, results) == filled
+
+
+def test_parts_of_a_guided_walk(gpu_report):
+    case = "B1_S131072_H32/8_D128_bf16_p16"
+    walk = {"impl": "art_guided_walk", "us": 30.0, "note": "scores 20.0 us, order 7.0 us"}
+    read = {"impl": "read", "us": 100.0, "bytes": 1000, "note": ""}
+    rows = [{"case": case, **row} for row in (walk | {"bytes": 100}, read)]
+    ratios = gpu_report.cases_of(rows)[case].ratios
+    assert ratios["scores / read of codes"] == pytest.approx(2.0)
+    assert ratios["order / scores"] == pytest.approx(0.35)
+    (verdict,) = (v for v in gpu_report.verdicts(rows) if v.title == "order at B1 128k, us")
+    assert (verdict.value, verdict.text) == (7.0, "missed at 1 of 1")
 
 
 def test_gpu_goals(gpu_report):
