@@ -36,6 +36,7 @@ from common import (
     take_turns,
     write_results,
 )
+from decode_implementations import PAGE_SIZE
 from decode_inputs import Case, Inputs, make_inputs
 from gpu_points import EVERY_CHANGE, stop_after
 from rich.box import SIMPLE
@@ -45,7 +46,6 @@ from rich.table import Table
 import art_torch
 from art_torch.guided import GROUP_TOKENS
 
-PAGE_SIZE = 64
 PERCENT = (5, 10, 15, 25)
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from decode_implementations import FRACTIONS
 from decode_inputs import Case
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
+from table_parts import Row, by_case
 
 QUIET_CORES = 0.05  # what others may use while a case is measured
 LONG = 4096  # tokens from which on memory, and not the call, decides; goals are for those
 BF16_SIMD = ("amx", "avx512bf16")
 OVERHEAD_US = 25.0  # that stopping at a fraction may cost beside its part of the time
 
-Row = dict[str, Any]
 Measured = dict[str, Row]  # the rows of one case, by implementation
 
 
@@ -137,13 +136,6 @@ GOALS = {
         only("f32", lambda case: 1.3),
     ),
 }
-
-
-def by_case(rows: list[Row]) -> dict[str, Measured]:
-    cases: dict[str, Measured] = {}
-    for row in rows:
-        cases.setdefault(row["case"], {})[row["impl"]] = row
-    return cases
 
 
 def case_column(cases: list[Case]) -> Column:

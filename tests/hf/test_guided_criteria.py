@@ -13,9 +13,8 @@ from test_guided import (
     guided,
     padded_batch,
 )
-from test_guided_limits import decode
+from test_guided_limits import decode, decode_in_one_graph
 from tiny_models import LAYERS, prompt
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import art_torch
 from art_torch import PRESETS, ResidualMass, Stability
@@ -135,18 +134,8 @@ def test_measured_mass(tiny, capsys):
 def test_one_graph(tiny, name, criterion):
     model = tiny(name)
     torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    ids = prompt(2, 378)
     with guided(model, criterion, per_layer={0: "balanced"}, block_size=16) as handle:
-        expected = decode(model, model, art_torch.ARTCache(model.config), ids, 8)
-        read = handle.stats.tokens_read()
-        assert handle.stats.read_fraction() < 1.0
-        handle.stats.reset()
-        cache = art_torch.ARTCache(model.config)
-        got = decode(model, torch.compile(model, fullgraph=True, backend=backend), cache, ids, 8)
-        assert backend.frame_count == 1
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(handle.stats.tokens_read(), read)
+        decode_in_one_graph(model, handle, prompt(2, 378), 8)
     torch._dynamo.reset()
 
 

@@ -88,22 +88,28 @@ def decode(model, step, cache, ids, steps):
     return torch.cat(logits, dim=1)
 
 
+def decode_in_one_graph(model, handle, ids, steps):
+    """Compiled steps are one graph, and give and read what others do; returns their cache."""
+    backend = CompileCounterWithBackend("aot_eager")
+    expected = decode(model, model, art_torch.ARTCache(model.config), ids, steps)
+    read = handle.stats.tokens_read()
+    assert handle.stats.read_fraction() < 1.0
+    handle.stats.reset()
+    cache = art_torch.ARTCache(model.config)
+    got = decode(model, torch.compile(model, fullgraph=True, backend=backend), cache, ids, steps)
+    assert backend.frame_count == 1
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(handle.stats.tokens_read(), read)
+    return cache
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_one_graph(tiny, name):
     model = tiny(name)
     torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
     ids = prompt(2, 378)
     with guided(model, RULE, block_size=16) as handle:
-        expected = decode(model, model, art_torch.ARTCache(model.config), ids, 8)
-        read = handle.stats.tokens_read()
-        assert handle.stats.read_fraction() < 1.0
-        handle.stats.reset()
-        cache = art_torch.ARTCache(model.config)
-        got = decode(model, torch.compile(model, fullgraph=True, backend=backend), cache, ids, 8)
-        assert backend.frame_count == 1
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(handle.stats.tokens_read(), read)
+        cache = decode_in_one_graph(model, handle, ids, 8)
         # Back to lengths on the host: what compiled steps wrote could be others' as well, so codes
         # are made anew.
         cache.crop(-1)
